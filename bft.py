@@ -1,0 +1,208 @@
+"""Balanced Fine-Tuning (BFT, arXiv 2511.21075) and its neighbours, as weightings of one log-likelihood.
+
+An objective is three independent choices: a weight w_t for each token, a weight s_b for each sample, and an average.
+
+    tokens:    L = (1/N) sum_b       s_b sum_t w_t l_t        l_t = -log p_t,   p_t = pi(y_t | context)
+    samples:   L = (1/B) sum_b (1/n_b) s_b sum_t w_t l_t      n_b = response tokens of sample b
+
+N response tokens and B samples are those of the *global* batch: all micro-batches of all ranks of one optimizer step,
+counting only samples with n_b > 0. The weights carry no gradient: they say how hard to push, l_t alone says where.
+
+Everything here works on the ragged layout: the log-probs of all response tokens, sample after sample, in one vector
+`logp` (N,) float32, and `offsets` (S+1,) int64 with offsets[0] == 0 and offsets[-1] == N, so that sample s is
+logp[offsets[s]:offsets[s+1]]. Prompts, padding and packing are gone by then, so no window can cross two samples.
+A conversation is one sample: windows run across its turns. Arithmetic inside is float64 (N numbers: cheap).
+
+This file needs only torch and can be copied into any other code base.
+"""
+
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two confidences. "Confidence" is the probability of the target token (not DeepConf's mean top-k log-prob).
+
+def group_confidence(logp, offsets, group_size=256):
+    """C_b, the minimum group confidence of each sample (arXiv 2511.21075 v1/v2): (S,) float64.
+
+        C_b = min over windows of exp( (1/g) sum_{t in window} log p_t )
+
+    over every *full* window of g = group_size consecutive response tokens, stride 1; a sample shorter than g has one
+    window, all its tokens. The geometric mean is that of the authors' released code; their text speaks of the mean.
+    Their exponent gamma (default 1) is left out. An empty sample gets 1, so that its weight 1 - C_b is 0.
+
+    logp: (N,) log-probs of the response tokens. offsets: (S+1,) int64. Raises ValueError as `token_weights` does.
+    """
+    _check(logp, offsets, group_size)
+    sample, first, last = _bounds(logp, offsets)                      # (N,) each
+    total = F.pad(logp.double().cumsum(0), (1, 0))                    # (N+1,) total[j] - total[i] sums tokens i..j-1
+    start = torch.arange(len(logp), device=logp.device)               # a window starts at every token ...
+    end = torch.minimum(start + group_size, last)                     # ... and ends with its sample at the latest
+    mean_logp = (total[end] - total[start]) / (end - start)           # (N,)
+    counts = (end - start == group_size) | (start == first)           # full ones, and the only one of a short sample
+    mean_logp = torch.where(counts, mean_logp, 0.0)                   # log p <= 0: a zero never is the minimum
+    lowest = mean_logp.new_zeros(len(offsets) - 1).scatter_reduce(0, sample, mean_logp, "amin")  # (S,)
+    return lowest.exp()
+
+
+def local_confidence(logp, offsets, group_size=256):
+    """c_t, the local confidence of each token (arXiv 2511.21075 v3, as restated in PertMind, appendix A.2): (N,) float64.
+
+        c_t = arithmetic mean of p over [t - g//2, t - g//2 + g - 1], cut off at the sample's ends
+
+    and divided by the number of tokens really in the window. Where an even window is centred is our reading.
+    Arguments and errors: as `group_confidence`.
+    """
+    _check(logp, offsets, group_size)
+    _, first, last = _bounds(logp, offsets)                           # (N,) each
+    total = F.pad(logp.double().exp().cumsum(0), (1, 0))              # (N+1,)
+    left = torch.arange(len(logp), device=logp.device) - group_size // 2
+    start, end = torch.maximum(left, first), torch.minimum(left + group_size, last)
+    return (total[end] - total[start]) / (end - start)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weights. A variant is one of these functions, (logp, offsets, group_size) -> weights, and a row of the table.
+# They are called with float64 logp that carries no gradient.
+
+def every_token_1(logp, offsets, group_size):
+    """w_t = 1."""
+    return torch.ones_like(logp)                                      # (N,)
+
+
+def token_probability(logp, offsets, group_size):
+    """w_t = p_t (DFT, arXiv 2508.05629; BFT v1/v2)."""
+    return logp.exp()                                                 # (N,)
+
+
+def relative_probability(logp, offsets, group_size, eps=1e-8):
+    """w_t = clip(p_t / (c_t + eps), 0, 1) (BFT v3)."""
+    return (logp.exp() / (local_confidence(logp, offsets, group_size) + eps)).clamp(0, 1)  # (N,)
+
+
+def every_sample_1(logp, offsets, group_size):
+    """s_b = 1."""
+    return logp.new_ones(len(offsets) - 1)                            # (S,)
+
+
+def group_difficulty(logp, offsets, group_size):
+    """s_b = 1 - C_b (BFT v1/v2)."""
+    return 1 - group_confidence(logp, offsets, group_size)            # (S,)
+
+
+def local_difficulty(logp, offsets, group_size):
+    """s_b = 1 - min_t c_t (BFT v3)."""
+    sample, _, _ = _bounds(logp, offsets)
+    c = local_confidence(logp, offsets, group_size)                   # (N,)
+    return 1 - logp.new_ones(len(offsets) - 1).scatter_reduce(0, sample, c, "amin")  # (S,); c <= 1, so 1 is neutral
+
+
+class Objective(NamedTuple):
+    token_weight: Callable                                            # (logp, offsets, group_size) -> (N,)  w_t
+    sample_weight: Callable                                           # (logp, offsets, group_size) -> (S,)  s_b
+    average: str                                                      # "tokens" or "samples"
+
+
+OBJECTIVES = {
+    #                       token weight w_t      sample weight s_b  average
+    "sft":        Objective(every_token_1,        every_sample_1,    "tokens"),
+    "dft":        Objective(token_probability,    every_sample_1,    "tokens"),   # arXiv 2508.05629
+    "bft":        Objective(token_probability,    group_difficulty,  "samples"),  # arXiv 2511.21075 v1/v2 and its code
+    "bft-v3":     Objective(relative_probability, local_difficulty,  "samples"),  # v3, from a secondary source
+    # ablations: one choice of BFT at a time
+    "sft-sample": Objective(every_token_1,        every_sample_1,    "samples"),
+    "bft-token":  Objective(token_probability,    every_sample_1,    "samples"),
+    "bft-sample": Objective(every_token_1,        group_difficulty,  "samples"),
+    "bft-tokavg": Objective(token_probability,    group_difficulty,  "tokens"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss.
+
+def token_weights(logp, offsets, objective="bft", group_size=256):
+    """The weight s_b * w_t of each response token, before averaging: (N,), detached, float32 (float64 for float64 logp).
+
+    logp: (N,) log-probs of the response tokens, float32. offsets: (S+1,) int64; checked where they lie on the CPU.
+    objective: a row of OBJECTIVES. group_size: g, in tokens.
+    Raises ValueError for an unknown objective, group_size < 1, or offsets that do not start at 0, fall, or do not end at N.
+    """
+    return _weights(logp, offsets, objective, group_size).to(_precision(logp))
+
+
+def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=None):
+    """The loss of one call's share of the global batch: a scalar in the dtype of `token_weights`.
+
+    denominator: N (average "tokens") or B (average "samples") of the *global* batch, a number or a scalar tensor; None
+    means that of this call. Losses of micro-batches that share one denominator add up to the loss of the whole batch.
+    Samples without response tokens contribute nothing; a call with none at all is a zero that backward() accepts.
+    Other arguments and errors: as `token_weights`; also ValueError for a denominator that is not positive.
+    """
+    weights = _weights(logp, offsets, objective, group_size)          # (N,) s_b * w_t, float64, no gradient
+    if len(logp) == 0:
+        return logp.sum()
+    offsets, by_samples = offsets.to(logp.device), OBJECTIVES[objective].average == "samples"
+    if by_samples:
+        _, first, last = _bounds(logp, offsets)
+        weights = weights / (last - first)                            # 1/n_b
+    if denominator is None:
+        denominator = (offsets.diff() > 0).sum() if by_samples else len(logp)
+    elif not isinstance(denominator, torch.Tensor) and not denominator > 0:
+        raise ValueError(f"denominator must be the global batch's number of "
+                         f"{'samples' if by_samples else 'response tokens'}, above 0; it is {denominator!r}")
+    return -((weights * logp.double()).sum() / denominator).to(_precision(logp))
+
+
+def loss_from_logits(logits, labels, objective="bft", group_size=256, denominator=None):
+    """`objective_loss` in Hugging Face's convention, for other people's training loops.
+
+    logits: (B, T, V), any float dtype. labels: (B, T) int64, aligned with the inputs (shifted here), -100 is ignored.
+    One row is one sample: do not pack. Raises ValueError for shapes that do not fit, and as `objective_loss`.
+    """
+    if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        raise ValueError(f"logits must be (B, T, V) and labels (B, T); they are {tuple(logits.shape)} "
+                         f"and {tuple(labels.shape)}")
+    labels = labels[:, 1:]                                            # logits at t predict the token at t + 1
+    response = labels != -100                                         # (B, T-1)
+    logits = logits[:, :-1][response].float()                         # (N, V) row by row: the ragged order
+    logp = -F.cross_entropy(logits, labels[response], reduction="none")  # (N,)
+    offsets = F.pad(response.sum(1).cumsum(0), (1, 0))                # (B+1,)
+    return objective_loss(logp, offsets, objective, group_size, denominator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _weights(logp, offsets, objective, group_size):
+    """s_b * w_t in float64: (N,). The stop-gradient of every equation is the detach() here."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
+    _check(logp, offsets, group_size)
+    row, logp, offsets = OBJECTIVES[objective], logp.detach().double(), offsets.to(logp.device)
+    sample, _, _ = _bounds(logp, offsets)
+    return row.sample_weight(logp, offsets, group_size)[sample] * row.token_weight(logp, offsets, group_size)
+
+
+def _bounds(logp, offsets):
+    """For each token: its sample's number, first token, and one past its last token; (N,) each."""
+    offsets = offsets.to(logp.device)
+    tokens = torch.arange(len(logp), device=logp.device)
+    sample = torch.searchsorted(offsets, tokens, right=True) - 1      # the last sample that starts at or before it
+    return sample, offsets[sample], offsets[sample + 1]
+
+
+def _precision(logp):
+    return torch.promote_types(logp.dtype, torch.float32)             # weights are never rounded to half precision
+
+
+def _check(logp, offsets, group_size):
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1; it is {group_size}")
+    if logp.dim() != 1 or offsets.dim() != 1 or len(offsets) == 0:
+        raise ValueError(f"logp must be (N,) and offsets (S+1,); they are {tuple(logp.shape)} and {tuple(offsets.shape)}")
+    if offsets.is_cuda or torch.compiler.is_compiling():              # looking at the values would synchronise
+        return
+    if offsets[0] != 0 or offsets[-1] != len(logp) or (offsets.diff() < 0).any():
+        raise ValueError(f"offsets must start at 0, never fall and end at N = {len(logp)}; they are {offsets.tolist()}")
