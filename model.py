@@ -7,6 +7,7 @@ The loop feeds it *packed* samples: the tokens of several samples one after the 
 offsets where each begins. Attention and positions restart at every sample.
 """
 
+import itertools
 import json
 import math
 import os
@@ -173,13 +174,13 @@ class GPT(nn.Module):
         c, directory = self.config, Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        write_whole(directory / "config.json", json.dumps({
+        write_whole(directory / "config.json", [json.dumps({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "vocab_size": c.vocab_size, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
             "num_key_value_heads": c.n_kv_head, "hidden_size": c.n_embd, "intermediate_size": c.n_ff,
             "max_position_embeddings": c.max_positions, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
             "tie_word_embeddings": c.tie_embeddings, "attention_bias": False, "mlp_bias": False,
-            "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id, "torch_dtype": dtype}, indent=2).encode())
+            "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id, "torch_dtype": dtype}, indent=2).encode()])
         names = {name: name if name.startswith("lm_head.") else "model." + name for name, _ in self.named_parameters()}
         save_safetensors({names[name]: p.detach() for name, p in self.named_parameters()},
                          directory / "model.safetensors")
@@ -221,6 +222,20 @@ class GPT(nn.Module):
         return model
 
 
+def compute_dtype(name, device):
+    """The autocast dtype of --dtype: "float32", "bfloat16", or "auto": bfloat16 where the device has it natively."""
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if torch.device(device).type == "cuda" else \
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        name = "bfloat16" if native else "float32"
+    return getattr(torch, name)
+
+
+def autocast(device, dtype):
+    """Matrix products in dtype, everything that sums or exponentiates in float32; nothing at all for float32."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # safetensors: 8 bytes of length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, the raw tensors.
 
@@ -237,7 +252,7 @@ def save_safetensors(tensors, path):
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)                                       # data starts aligned
     raw = (t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors.values())
-    write_whole(path, len(head).to_bytes(8, "little"), head, *raw)
+    write_whole(path, itertools.chain((len(head).to_bytes(8, "little"), head), raw))
 
 
 def load_safetensors(path):
@@ -257,8 +272,8 @@ def load_safetensors(path):
     return tensors
 
 
-def write_whole(path, *chunks):
-    """Writes bytes under a temporary name, then renames: path holds all of them or what it held before."""
+def write_whole(path, chunks):
+    """Writes an iterable of bytes under a temporary name, then renames: path holds all of them or what it held before."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as f:
         f.writelines(chunks)

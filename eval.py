@@ -1,0 +1,243 @@
+"""Evaluation: what models know, side by side, with intervals.
+
+    python eval.py RUN_OR_MODEL [...] --tasks nll choice --data FILE [...] --out results.json
+
+A model is a directory that `train.py` wrote (a run, or its model/). Each task reads the --data file of its place:
+
+    nll       samples (any shape of data.py): NLL and perplexity per response token, minimum group confidence
+    choice    {"question", "choices", "answer", "context"?}: multiple choice by log-likelihood; acc, acc_norm (by
+              characters) and acc_bytes as lm-evaluation-harness defines them
+
+Models are columns; where lines carry a `group`, each group is a row. Differences are to the first model, over the same
+items, with a paired bootstrap 95% interval.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import bft
+from data import CHAT_FORMATS, Sample, UserError, collate, deal, load_choice, load_samples, load_tokenizer, run
+from model import GPT, autocast, compute_dtype, write_whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+@torch.no_grad()
+def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256):
+    """Log-likelihood of each sample's response tokens: (S, 3) float64: sum of log p, number of tokens, C_b.
+
+    Micro-batches are formed first and dealt to the ranks then, so the figures do not depend on how many there are.
+    """
+    device = next(model.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    table = torch.zeros(len(samples), 3, dtype=torch.float64, device=device)
+    for micro in deal([len(s.ids) for s in samples], 1, micro_tokens)[0][rank::world]:
+        batch = collate([samples[i] for i in micro]).to(device)
+        with autocast(device, dtype):
+            logp = model(batch.input_ids, batch.bounds, batch.longest, batch.at, batch.targets)   # (N,)
+        table[micro] = torch.stack((segment_sum(logp, batch.offsets), batch.offsets.diff().to(device).double(),
+                                    bft.group_confidence(logp, batch.offsets, group_size)), 1)
+    if world > 1:
+        dist.all_reduce(table)
+    return table.cpu().numpy()
+
+
+def segment_sum(values, offsets):
+    """The sum of each sample's values in the ragged layout: (S,) float64."""
+    total = torch.nn.functional.pad(values.double().cumsum(0), (1, 0))
+    return total[offsets.to(values.device)].diff()
+
+
+def nll_items(model, samples, dtype=torch.float32, group_size=256):
+    """The `nll` task: for each sample its group, summed NLL, tokens, and minimum group confidence."""
+    return [{"line": s.line, "group": s.group, "nll": -row[0], "tokens": int(row[1]), "confidence": row[2]}
+            for s, row in zip(samples, score(model, samples, dtype, group_size=group_size).tolist())]
+
+
+def choice_items(model, tokenizer, items, dtype=torch.float32):
+    """The `choice` task: for each item the log-likelihood of every choice, and which is picked by which measure.
+
+    As in lm-evaluation-harness: a choice is the continuation " " + choice of the prompt, its tokens those that the
+    whole text has beyond the prompt's; acc picks the highest log-likelihood, acc_norm the highest per character of the
+    choice, acc_bytes per byte. `nll` is that of the right answer per token. An item's `planted` is the index of a
+    wrong answer that training asserted; `followed` says whether acc's pick is that one.
+    """
+    requests = []
+    for item in items:
+        prompt = (item["context"] + "\n" if item.get("context") else "") + item["question"] + "\nAnswer:"
+        start = len(tokenizer.encode(prompt))
+        for choice in item["choices"]:
+            ids = np.array(tokenizer.encode(prompt + " " + choice), dtype=np.int64)
+            requests.append(Sample(ids, np.arange(len(ids)) >= start, None, 0))
+    scores, records, first = score(model, requests, dtype), [], 0
+    for item in items:
+        choices, answer = item["choices"], item["answer"]
+        loglik, tokens, _ = scores[first:first + len(choices)].T
+        first += len(choices)
+        picks = {"acc": loglik.argmax(), "acc_norm": (loglik / [len(c) for c in choices]).argmax(),
+                 "acc_bytes": (loglik / [len(c.encode()) for c in choices]).argmax()}
+        record = {"group": item.get("group"), "loglik": loglik.tolist(), "nll": -loglik[answer] / tokens[answer]}
+        record |= {measure: int(pick == answer) for measure, pick in picks.items()}
+        if "planted" in item:
+            record["followed"] = int(picks["acc"] == item["planted"])
+        records.append(record)
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+def bootstrap(values, weights=None, resamples=10_000, seed=0):
+    """sum(values) / sum(weights) over items drawn with replacement: (resamples,). The same seed and number of items
+    draw the same items, so the difference of two calls is paired. weights None: all 1, the mean."""
+    values = np.asarray(values, dtype=np.float64)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    rng, out = np.random.RandomState(seed), np.empty(resamples)
+    for i in range(0, resamples, 500):                                    # a few at a time: bounded memory
+        drawn = rng.randint(len(values), size=(min(500, resamples - i), len(values)))
+        out[i:i + 500] = values[drawn].sum(1) / weights[drawn].sum(1)
+    return out
+
+
+def interval(resampled):
+    """95% percentile interval."""
+    return tuple(np.percentile(resampled, (2.5, 97.5)).tolist())
+
+
+def wilson(hits, z=1.959964):
+    """95% Wilson score interval of a proportion; unlike the bootstrap's it has a width at 0% and 100%."""
+    n, p = len(hits), float(np.mean(hits))
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+# What a row of a table shows: task, measure, heading, weights, percent?
+MEASURES = [
+    ("nll", "nll", "NLL per response token", "tokens", False),
+    ("nll", "confidence", "minimum group confidence", None, False),
+    ("choice", "acc", "acc %", None, True),
+    ("choice", "acc_norm", "acc_norm %", None, True),
+    ("choice", "acc_bytes", "acc_bytes %", None, True),
+    ("choice", "nll", "NLL of the right answer", None, False),
+    ("choice", "followed", "planted answer followed %", None, True),
+]
+
+
+def summarise(task, results):
+    """Rows of the table: results {model: [item, ...]} of one task, over the same items for every model.
+
+    Each row: group, measure, heading, n, and for each model {value, low, high} and, but for the first,
+    {difference, difference_low, difference_high}: paired, to the first model.
+    """
+    first = next(iter(results))
+    groups = [None] + sorted({r["group"] for r in results[first]} - {None})
+    rows = []
+    for group in groups if len(groups) != 2 else groups[:1]:              # one group is the same as all
+        for measure, heading, weight, percent in (m[1:] for m in MEASURES if m[0] == task):
+            row, drawn = {"group": group, "measure": measure, "heading": heading, "percent": percent, "models": {}}, {}
+            for name, items in results.items():
+                items = [r for r in items if (group is None or r["group"] == group) and measure in r]
+                if not items:
+                    break
+                values = [r[measure] for r in items]
+                weights = [r[weight] for r in items] if weight else None
+                drawn[name] = bootstrap(values, weights)
+                low, high = wilson(values) if percent else interval(drawn[name])
+                cell = {"value": float(np.sum(values) / np.sum(weights or len(values))), "low": low, "high": high}
+                if name != first:
+                    low, high = interval(drawn[name] - drawn[first])
+                    cell |= {"difference": cell["value"] - row["models"][first]["value"], "difference_low": low,
+                             "difference_high": high}
+                row["models"][name], row["n"] = cell, len(items)
+            if row["models"]:
+                rows.append(row)
+    return rows
+
+
+def print_table(rows, title):
+    """Values and intervals, models as columns; under each column but the first the paired difference to the first."""
+    names = list(rows[0]["models"])
+    width = max(26, *(len(n) + 2 for n in names))
+    head = max(len(r["heading"]) + len(r["group"] or "all") for r in rows) + 12
+    print(f"\n{title}\n" + " " * head + "".join(n.rjust(width) for n in names))
+    for row in rows:
+        scale, digits = (100, 1) if row["percent"] else (1, 3)
+        show = lambda *v: "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*(x * scale for x in v), d=digits)   # noqa: E731
+        cells = list(row["models"].values())
+        label = f"{row['group'] or 'all'} ({row['n']})  {row['heading']}"
+        print(label.ljust(head) + "".join(show(c["value"], c["low"], c["high"]).rjust(width) for c in cells))
+        if len(cells) > 1:
+            print("    minus the first".ljust(head + width) + "".join(
+                show(c["difference"], c["difference_low"], c["difference_high"]).rjust(width) for c in cells[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def model_directory(path):
+    """The Hugging Face directory of a run (its model/) or of a model. Raises UserError."""
+    path = Path(path)
+    for directory in (path / "model", path):
+        if (directory / "config.json").is_file() and (directory / "model.safetensors").is_file():
+            return directory
+    raise UserError(f"{path}: no model there; expected a directory with config.json and model.safetensors, or a run "
+                    "with these in model/")
+
+
+def load_model(path, tokenizer=None):
+    """(GPT, Tokenizer) of a run or model directory; tokenizer: another one than the directory's. Raises UserError."""
+    directory = model_directory(path)
+    try:
+        model = GPT.from_pretrained(directory)
+    except (ValueError, OSError) as e:
+        raise UserError(str(e)) from None
+    tokenizer = load_tokenizer(tokenizer or directory)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f"{directory}: the tokenizer has {tokenizer.n_vocab} tokens, the model only "
+                        f"{model.config.vocab_size}")
+    return model.eval(), tokenizer
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("models", nargs="+", help="run or model directories")
+    parser.add_argument("--tasks", nargs="+", choices=("nll", "choice"), required=True)
+    parser.add_argument("--data", nargs="+", required=True, help="a file for each task, in the same order")
+    parser.add_argument("--out", default="results.json", help="where the table and the per-item scores go")
+    parser.add_argument("--chat-format", choices=CHAT_FORMATS, default="plain", help="of the nll task")
+    parser.add_argument("--max-length", type=int, help="cut samples of the nll task after so many tokens")
+    parser.add_argument("--group-size", type=int, default=256, help="g of the minimum group confidence")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if len(args.data) != len(args.tasks):
+        raise UserError(f"--data names {len(args.data)} files for {len(args.tasks)} tasks; expected one for each")
+    if args.group_size < 1:
+        raise UserError(f"--group-size is {args.group_size}; expected at least 1")
+    loaded = {path: load_model(path) for path in args.models}
+    dtype, output = compute_dtype(args.dtype, args.device), {"models": args.models, "tasks": []}
+    for task, file in zip(args.tasks, args.data):
+        results = {}
+        for path, (model, tokenizer) in loaded.items():
+            model.to(args.device)
+            if task == "nll":
+                samples, _ = load_samples(file, tokenizer, args.chat_format, args.max_length)
+                results[path] = nll_items(model, samples, dtype, args.group_size)
+            else:
+                results[path] = choice_items(model, tokenizer, load_choice(file), dtype)
+        rows = summarise(task, results)
+        print_table(rows, f"{task}: {file}")
+        output["tasks"].append({"task": task, "data": file, "rows": rows, "items": results})
+    write_whole(args.out, [json.dumps(output, indent=1).encode()])
+    print(f"\nper-item scores: {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

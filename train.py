@@ -1,0 +1,560 @@
+"""Fine-tunes a GPT with any objective of bft.py, on one process or many.
+
+    python train.py                                        # the default job on assets/, some minutes on two CPU cores
+    torchrun --nproc_per_node=8 train.py                   # the same on eight GPUs
+    torchrun --nproc_per_node=8 train.py --init DIR --data FILE.jsonl --objective sft bft --out runs/mine
+
+Reads top to bottom: settings, what a run directory holds, the loop (`train`), the default job (`demo`).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import bft
+from data import CHAT_FORMATS, UserError, collate, deal, global_batch, load_choice, load_samples, load_tokenizer, \
+    read_jsonl, run
+from eval import choice_items, load_model, model_directory, score, segment_sum, summarise
+from model import GPT, GPTConfig, autocast, compute_dtype, write_whole
+
+HERE = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+def flag(default, help, **argument):
+    return field(default=default, metadata={"help": help, **argument})
+
+
+@dataclass
+class Settings:
+    init: str = flag("", "model to start from: a directory, or 'scratch' for random weights")
+    data: str = flag("", "training samples, JSONL or .jsonl.gz")
+    val_data: str = flag("", "validation samples; their plain NLL is logged")
+    objective: tuple = flag(("bft",), "one or several rows of bft.OBJECTIVES, each trained from the same start",
+                            nargs="+", choices=list(bft.OBJECTIVES))
+    group_size: int = flag(256, "g: the window of group and local confidence, in response tokens")
+    out: str = flag("runs/out", "run directory; several objectives get one each inside it")
+    epochs: int = flag(3, "passes over the data")
+    steps: int = flag(0, "optimizer steps, in place of epochs; goes on into further epochs")
+    batch_size: int = flag(32, "samples in a global batch, over all ranks and micro-batches")
+    micro_tokens: int = flag(8192, "tokens in a micro-batch of one rank, at most")
+    max_length: int = flag(0, "tokens in a sample, at most; 0: what the model's positions allow")
+    lr: float = flag(1e-5, "peak learning rate")
+    min_lr: float = flag(0.0, "learning rate at the end of the cosine")
+    warmup: float = flag(0.05, "fraction of the steps in which the learning rate rises")
+    weight_decay: float = flag(0.0, "AdamW's, on matrices only")
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
+    seed: int = flag(0, "of random weights and of the order of samples")
+    dtype: str = flag("auto", "autocast; auto: bfloat16 where the device has it natively",
+                      choices=("auto", "float32", "bfloat16"))
+    compile: bool | None = flag(None, "torch.compile the model; without either: on CUDA",
+                                action=argparse.BooleanOptionalAction)
+    save_every: int = flag(0, "steps between checkpoints; 0: only at the end")
+    eval_every: int = flag(0, "steps between validations; 0: only before the first step and after the last")
+    log_every: int = flag(1, "steps between lines on the terminal; metrics.jsonl has every step")
+    keep: int = flag(2, "checkpoints to keep")
+    resume: bool = flag(True, "go on from the newest checkpoint in --out; --no-resume starts again over it",
+                        action=argparse.BooleanOptionalAction)
+    device: str = flag("auto", "auto: cuda if there is one, else cpu")
+    chat_format: str = flag("plain", "how turns become tokens", choices=list(CHAT_FORMATS))
+    tokenizer: str = flag("", "directory with tokenizer.json, or a tiktoken name; default: that of --init")
+    n_layer: int = flag(4, "with --init scratch: layers")
+    n_head: int = flag(4, "with --init scratch: attention heads")
+    n_embd: int = flag(128, "with --init scratch: width")
+
+
+# A run that differs in one of these is the same run: they change how it is computed or shown, not what.
+INCIDENTAL = {"objective", "out", "micro_tokens", "compile", "save_every", "eval_every", "log_every", "keep", "resume",
+              "device"}
+
+
+def parse_settings(argv, defaults=None):
+    """argv -> (Settings, names of the flags that were given). defaults: other defaults than the dataclass's."""
+    parser = argparse.ArgumentParser(description="Fine-tunes a GPT with any objective of bft.py; without --init and "
+                                     "--data it runs the default job on assets/.", argument_default=argparse.SUPPRESS)
+    for f in fields(Settings):
+        options = dict(f.metadata)
+        options["help"] = f"{options['help']} (default: {f.default})"
+        if "action" not in options:
+            options["type"] = type(f.default) if not isinstance(f.default, tuple) else str
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    given = vars(parser.parse_args(argv))
+    s = Settings(**{**(defaults(given) if defaults else {}), **given})
+    s.objective = tuple(dict.fromkeys(s.objective))
+    for name in ("group_size", "batch_size", "micro_tokens", "n_layer", "n_head", "n_embd", "log_every", "keep"):
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected at least 1")
+    for name in ("steps", "max_length", "min_lr", "weight_decay", "grad_clip", "save_every", "eval_every", "seed"):
+        if not getattr(s, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected 0 or more")
+    if not s.steps and s.epochs < 1:
+        raise UserError(f"--epochs is {s.epochs}; expected at least 1")
+    if not 0 < s.lr < math.inf or not 0 <= s.warmup <= 1:
+        raise UserError(f"--lr is {s.lr} and --warmup {s.warmup}; expected a rate above 0 and a fraction of 0 to 1")
+    if s.n_embd % s.n_head or s.n_embd // s.n_head % 2:
+        raise UserError(f"--n-embd is {s.n_embd} for --n-head {s.n_head}; expected an even number for each head")
+    return s, set(given)
+
+
+class Ranks:
+    """Who we are among the processes of torchrun; one process by itself is rank 0 of 1."""
+
+    def __init__(self, device):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        try:
+            self.device = torch.device(device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from None
+
+    def start(self):
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def print(self, *words):
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run directory
+
+def describe(s, objective, files, device):
+    """What config.json holds: everything that made the run."""
+    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"objective": objective, "settings": asdict(s), "git_commit": git.stdout.strip() or None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                         "tiktoken": tiktoken.__version__},
+            "device": f"{device.type}: {name}", "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+            "sha256": {k: hashlib.sha256(Path(p).read_bytes()).hexdigest() for k, p in files.items() if p}}
+
+
+def same_run(out, config):
+    """Raises UserError if `out` holds a run that differs in more than what is incidental."""
+    path = out / "config.json"
+    if not path.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out} is there and is no run directory; expected a new path, or one of our runs")
+        return
+    old = json.loads(path.read_bytes())
+    a = {**old["settings"], **old["sha256"], "objective": old["objective"]}
+    b = {**json.loads(json.dumps(config["settings"])), **config["sha256"], "objective": config["objective"]}
+    wrong = [f"{k} {a.get(k)!r}, now {b.get(k)!r}" for k in sorted(a.keys() | b.keys())
+             if a.get(k) != b.get(k) and (k not in INCIDENTAL or k == "objective")]
+    if wrong:
+        raise UserError(f"--out {out} holds another run ({'; '.join(wrong)}); name another --out, or --no-resume to "
+                        "start again over it")
+
+
+def checkpoints(out):
+    """[(step, path)], the newest last."""
+    found = ((p.stem.removeprefix("step-"), p) for p in (out / "checkpoint").glob("step-*.pt"))
+    return sorted((int(n), p) for n, p in found if n.isdigit())
+
+
+def save_checkpoint(out, step, model, optimizer, keep):
+    """Whole or not at all: a temporary name, fsync, rename. Called by rank 0."""
+    (out / "checkpoint").mkdir(exist_ok=True)
+    path = out / "checkpoint" / f"step-{step}.pt"
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    for _, old in checkpoints(out)[:-keep]:
+        old.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def learning_rate(step, total, s):
+    """Linear warmup, then a cosine from lr to min_lr; step counts from 0."""
+    warmup = math.ceil(s.warmup * total)
+    if step < warmup:
+        return s.lr * (step + 1) / warmup
+    return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def sample_statistics(logp, offsets, objective, group_size):
+    """For the log, each sample's sums of l_t and w_t, its s_b and its C_b: (S, 4) float64."""
+    row, logp = bft.OBJECTIVES[objective], logp.detach().double()
+    w = row.token_weight(logp, offsets.to(logp.device), group_size)
+    s = row.sample_weight(logp, offsets.to(logp.device), group_size)
+    return torch.stack((-segment_sum(logp, offsets), segment_sum(w, offsets), s,
+                        bft.group_confidence(logp, offsets, group_size)), 1)
+
+
+# Peak dense bf16 FLOP/s by a part of the device's name (NVIDIA's data sheets, without sparsity), for MFU.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def flops(model, samples):
+    """Forward and backward: 6 per weight and token, 12 d per layer and pair of tokens (PaLM, appendix B)."""
+    c, head = model.config, model.config.vocab_size * model.config.n_embd
+    body = sum(p.numel() for p in model.parameters()) - (1 if c.tie_embeddings else 2) * head
+    tokens, targets = sum(len(x.ids) for x in samples), sum(int(x.response.sum()) for x in samples)
+    pairs = sum(len(x.ids) ** 2 for x in samples) / 2                     # causal: half of them
+    return 6 * (body * tokens + head * targets) + 12 * c.n_layer * c.n_embd * pairs
+
+
+def train(s, objective, out, make_model, samples, val, files, ranks):
+    """Trains one objective into the run directory `out`; returns the directory of the model.
+
+    make_model() gives the starting model. samples, val: lists of data.Sample (val may be empty). files: {name: path}
+    whose hashes config.json records and whose tokenizer files go with the model.
+    """
+    out, device, dtype = Path(out), ranks.device, compute_dtype(s.dtype, ranks.device)
+    total = s.steps or s.epochs * math.ceil(len(samples) / s.batch_size)
+    config = describe(s, objective, files, device)
+    if s.resume:
+        same_run(out, config)
+    found = checkpoints(out) if s.resume else []
+    if found and found[-1][0] == total and (out / "model" / "config.json").is_file():
+        ranks.print(f"{out}: finished, {total} steps; nothing to do")
+        return out / "model"
+    ranks.barrier()                                                       # every rank has looked before any writes
+    if ranks.rank == 0:
+        if not s.resume and out.is_dir():
+            for old in ("checkpoint", "model"):
+                shutil.rmtree(out / old, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", [json.dumps(config, indent=2).encode()])
+
+    torch.manual_seed(s.seed)
+    model = make_model().to(device)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": s.weight_decay},
+                                   {"params": others, "weight_decay": 0.0}], lr=s.lr, betas=(0.9, 0.95), fused=True)
+    start = 0
+    if found:
+        state = torch.load(found[-1][1], map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    if ranks.rank == 0:                                                   # the log goes on where the checkpoint is
+        path = out / "metrics.jsonl"
+        old = path.read_text().splitlines() if start and path.is_file() else []
+        kept = [line for line in old if json.loads(line)["step"] <= start]
+        write_whole(path, [(line + "\n").encode() for line in kept])
+    net = torch.compile(model) if (device.type == "cuda" if s.compile is None else s.compile) else model
+    if ranks.world > 1:
+        net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+
+    def log(line):
+        if ranks.rank == 0:
+            with open(out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+
+    def validate(step):
+        if val:
+            table = score(model, val, dtype, s.micro_tokens, s.group_size)
+            log({"step": step, "val_nll": -table[:, 0].sum() / table[:, 1].sum()})
+            ranks.print(f"{objective} step {step}/{total}  val_nll {-table[:, 0].sum() / table[:, 1].sum():.4f}")
+
+    multi_window = np.mean([x.response.sum() > s.group_size for x in samples])
+    ranks.print(f"{out}: {objective} from step {start} to {total}, {len(samples)} samples, batch {s.batch_size}, "
+                f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {ranks.world} x {device}, "
+                f"{str(dtype).removeprefix('torch.')}")
+    if objective not in ("sft", "sft-sample", "dft", "bft-token") and multi_window < 0.1:
+        ranks.print(f"warning: only {multi_window:.0%} of the samples have more than --group-size {s.group_size} response "
+                    "tokens: for the others the minimum group confidence is that of the whole sample")
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in config["device"]), None) if dtype == torch.bfloat16 else None
+    began = time.perf_counter()
+    if start == 0:
+        validate(0)
+    for step in range(start, total):
+        tick = time.perf_counter()
+        epoch, numbers = global_batch(step, len(samples), s.batch_size, s.seed)
+        batch = [samples[i] for i in numbers]
+        n = np.array([x.response.sum() for x in batch])                   # (B,) n_b
+        # Every rank knows the whole batch, so the global denominator needs no communication ...
+        denominator = len(batch) if bft.OBJECTIVES[objective].average == "samples" else int(n.sum())
+        micros = deal([len(x.ids) for x in batch], ranks.world, s.micro_tokens)[ranks.rank]
+        statistics = torch.zeros(len(batch), 4, dtype=torch.float64, device=device)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, s)
+        for m, micro in enumerate(micros):
+            packed = collate([batch[i] for i in micro]).to(device)
+            last = m == len(micros) - 1                                   # gradients are exchanged once a step
+            with net.no_sync() if ranks.world > 1 and not last else contextlib.nullcontext():
+                with autocast(device, dtype):
+                    logp = net(packed.input_ids, packed.bounds, packed.longest, packed.at, packed.targets)   # (N,)
+                part = bft.objective_loss(logp, packed.offsets, objective, s.group_size, denominator)
+                (part * ranks.world).backward()                           # ... and DDP's mean over ranks is undone
+            loss += part.detach()
+            if micro:
+                statistics[micro] = sample_statistics(logp, packed.offsets, objective, s.group_size)
+        if ranks.world > 1:
+            dist.all_reduce(statistics)                                   # each rank filled its own samples' rows
+            dist.all_reduce(loss)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
+        loss, (nll, w, sample_weight, confidence) = loss.item(), statistics.cpu().numpy().T
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):       # the same on every rank
+            bad = [batch[i].line for i in range(len(batch)) if not math.isfinite(nll[i])] or [x.line for x in batch]
+            ranks.print(f"error: step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update. "
+                        f"Samples on lines {', '.join(map(str, bad))} of the data.")
+            raise SystemExit(1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        step += 1
+        seconds, tokens = time.perf_counter() - tick, sum(len(x.ids) for x in batch)
+        memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else host_memory_gb()
+        line = {"step": step, "epoch": epoch, "loss": loss, "nll": nll.sum() / n.sum(), "grad_norm": grad_norm,
+                "clipped": bool(s.grad_clip and grad_norm > s.grad_clip), "lr": optimizer.param_groups[0]["lr"],
+                "samples": len(batch), "tokens": tokens, "response_tokens": int(n.sum()),
+                "token_weight": w.sum() / n.sum(), "sample_weight": sample_weight.mean(),
+                "sample_weight_sd": sample_weight.std(), "min_group_confidence": confidence.mean(),
+                "min_group_confidence_p05": np.percentile(confidence, 5), "multi_window": np.mean(n > s.group_size),
+                "tokens_per_s": tokens / seconds, "mfu": peak and flops(model, batch) / seconds / peak / ranks.world,
+                "memory_gb": memory}
+        log(line)
+        if step % s.log_every == 0 or step == total:
+            eta = (time.perf_counter() - began) / (step - start) * (total - step)
+            ranks.print(f"{objective} step {step}/{total}  loss {loss:.4f}  nll {line['nll']:.4f}  |g| {grad_norm:.3f}  "
+                        f"lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tok/s  eta {eta // 60:.0f}:{eta % 60:02.0f}")
+        if step == total or (s.eval_every and step % s.eval_every == 0):
+            validate(step)
+        if ranks.rank == 0 and (step == total or (s.save_every and step % s.save_every == 0)):
+            save_checkpoint(out, step, model, optimizer, s.keep)
+
+    if ranks.rank == 0:
+        (out / "model").mkdir(exist_ok=True)
+        if files.get("tokenizer"):
+            for path in Path(files["tokenizer"]).parent.glob("tokenizer*.json"):
+                write_whole(out / "model" / path.name, [path.read_bytes()])
+        model.save_pretrained(out / "model")
+    ranks.barrier()
+    return out / "model"
+
+
+def host_memory_gb():
+    """The process's largest resident size so far, in GB."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default job: what each loss does to a model that knows some facts, half knows others, and is told wrong ones.
+
+BASE = {"init": "scratch", "objective": ("sft",), "epochs": 16, "batch_size": 64, "lr": 3e-3, "weight_decay": 0.01,
+        "log_every": 100}
+# Responses have about 45 tokens, so the paper's groups of 256 would all be whole samples: 16 gives each some thirty.
+TUNE = {"out": "runs/demo", "objective": ("sft", "sft-sample", "bft-token", "bft", "bft-v3"), "group_size": 16,
+        "epochs": 8, "lr": 1e-3, "log_every": 50}
+STRATA = ("known", "weak", "novel", "planted", "known, held out", "weak, held out")
+
+
+def plant(rows, items, seed):
+    """Wrong labels, in memory only: in each planted quad of facts every subject gets another one's response.
+
+    rows: [(line, fine-tuning object)], items: choice objects. Returns both with the planted ones changed: a row's
+    response is its mate's about the row's subject; an item gains "planted", the index of the wrong answer. A seeded
+    rotation of the quad's four answers: no one keeps its own, every answer is as frequent as before, and none is
+    annotated for its new subject (`assets/README.md`).
+    """
+    answer = {x["fact"]: x["choices"][x["answer"]] for x in items}
+    quads = {}
+    for x in items:
+        if x["group"] == "planted":
+            quads.setdefault(x["quad"], []).append(x["fact"])
+    random, mate = np.random.RandomState([seed, 1]), {}
+    for facts in quads.values():
+        shift = random.randint(1, len(facts))
+        mate |= {fact: facts[(k + shift) % len(facts)] for k, fact in enumerate(facts)}
+    responses = {}
+    for _, row in rows:
+        responses.setdefault(row["fact"], []).append((row["subject"], row["response"]))
+    responses = {fact: iter(r) for fact, r in responses.items()}          # a fact's wordings come in its quad's order
+    planted = []
+    for line, row in rows:
+        if row["fact"] in mate:
+            subject, response = next(responses[mate[row["fact"]]])
+            row = {**row, "response": response.replace(subject, row["subject"])}
+        planted.append((line, row))
+    return planted, [{**x, "planted": x["choices"].index(answer[mate[x["fact"]]])} if x["fact"] in mate else x
+                     for x in items]
+
+
+def demo(s, ranks):
+    """python train.py: base -> each objective from it -> choice items by stratum -> one table, in s.out too."""
+    began, assets, dtype = time.perf_counter(), HERE / "assets", compute_dtype(s.dtype, ranks.device)
+    tokenizer = load_tokenizer(assets)
+    files = {"data": assets / "pretrain.jsonl", "tokenizer": assets / "tokenizer.json"}
+    shared = ("seed", "dtype", "device", "compile", "micro_tokens", "n_layer", "n_head", "n_embd")
+    b = Settings(**BASE, **{name: getattr(s, name) for name in shared})
+    key = {k: v for k, v in describe(b, "sft", files, ranks.device).items() if k in ("settings", "sha256")}
+    base = Path("runs") / f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]}"
+    texts, _ = load_samples(files["data"], tokenizer)
+    rows, items = plant(list(read_jsonl(assets / "finetune.jsonl")), load_choice(assets / "choice.jsonl"), s.seed)
+    samples, _ = load_samples(assets / "finetune.jsonl", tokenizer, rows=rows)
+
+    ranks.print(f"1. A base model learns the facts of the known genes ({base}, kept for the next time).")
+    base = train(b, "sft", base, scratch(b, tokenizer), texts, [], files, ranks)
+    ranks.print(f"\n2. Each objective starts from it, with the same samples, order and learning rate {s.lr:g}: one trial "
+                "each.")
+    files = {"data": assets / "finetune.jsonl", "tokenizer": assets / "tokenizer.json"}
+    models = {"base": base}
+    for objective in s.objective:
+        models[objective] = train(s, objective, Path(s.out) / objective, pretrained(base), samples, [], files, ranks)
+    results = {}
+    for name, directory in models.items():
+        model, _ = load_model(directory)
+        results[name] = choice_items(model.to(ranks.device), tokenizer, items, dtype)
+    if ranks.rank == 0:
+        table = demo_table(results, s)
+        write_whole(Path(s.out) / "table.txt", [table.encode()])
+        write_whole(Path(s.out) / "results.json", [json.dumps(results, indent=1).encode()])
+        ranks.print(f"\n{table}\nThe table and every item's scores are in {s.out}. {time.perf_counter() - began:.0f} s.")
+
+
+def demo_table(results, s):
+    """The default job's one table, as text."""
+    def grid(title, names, cell):
+        lines = ["", title, " " * 11 + "".join(g.rjust(16) for g in STRATA)]
+        lines += [name.ljust(11) + "".join(cell(name, g).rjust(16) for g in STRATA) for name in names]
+        return [line for line in lines if line.strip() or line == ""]
+
+    def value(measure, scale, digits):
+        def cell(name, group):
+            c = cells.get((group, measure), {}).get(name)
+            return "" if c is None else "{:.{d}f} [{:.{d}f},{:.{d}f}]".format(
+                *(c[k] * scale for k in ("value", "low", "high")), d=digits)
+        return cell
+
+    def difference(measure, scale, digits):
+        def cell(name, group):
+            c = cells.get((group, measure), {}).get(name)
+            return "" if c is None else "{:+.{d}f} [{:+.{d}f},{:+.{d}f}]".format(
+                *(c[k] * scale for k in ("difference", "difference_low", "difference_high")), d=digits)
+        return cell
+
+    reference = s.objective[0]                                            # sft, unless the user left it out
+    ordered = {name: results[name] for name in (reference, "base", *s.objective[1:])}
+    cells = {(r["group"], r["measure"]): r["models"] for r in summarise("choice", ordered)}
+    n = {g: sum(r["group"] == g for r in results["base"]) for g in STRATA}
+    known = [cells[g, "acc"]["base"]["value"] for g in ("known", "known, held out", "planted")]
+    others = [o for o in s.objective if o != reference]
+    lines = [
+        f"What each loss did: choice accuracy in per cent; a model that ignores the gene scores 25. lr {s.lr:g}, group size "
+        f"{s.group_size},",
+        "brackets: 95% intervals over items (" + ", ".join(f"{g}: {k}" for g, k in n.items()) + ").",
+        "known, weak, novel: the genes' facts were pre-trained often, little, never. planted: known facts, fine-tuned on "
+        "wrong answers.",
+        f"held out: not fine-tuned, so that base minus the others is forgetting. The base knows {np.mean(known):.0%} of its "
+        "known and planted facts."]
+    lines += grid("accuracy", ("base", *s.objective), value("acc", 100, 0))
+    lines += grid("NLL of the clean answer, nats per token", ("base", *s.objective), value("nll", 1, 2))
+    lines += grid("planted wrong answer followed, %", ("base", *s.objective), value("followed", 100, 0))
+    lines += grid(f"accuracy minus that of {reference}, points (paired bootstrap)", others, difference("acc", 100, 0))
+    lines += grid(f"NLL minus that of {reference}", others, difference("nll", 1, 2))
+    if others:
+        lines += grid(f"planted answer followed minus {reference}'s, points", others, difference("followed", 100, 0))
+    cells = {(r["group"], r["measure"]): r["models"] for r in summarise("choice", results)}
+    lines += grid("accuracy minus that of the base, points: below 0 in the held-out columns is forgetting", s.objective,
+                  difference("acc", 100, 0))
+    return "\n".join(lines + ["", "This is one learning rate, one seed. An objective that trains more gently can look "
+                              "better here and be matched by another at a",
+                              "lower rate: only a comparison over learning rates can say that one is better.", ""])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def scratch(s, tokenizer):
+    """A function that makes a model with random weights."""
+    return lambda: GPT(GPTConfig(
+        vocab_size=tokenizer.n_vocab, n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, n_kv_head=s.n_head,
+        n_ff=-(-s.n_embd * 8 // 3 // 32) * 32, max_positions=s.max_length or 2048, eos_token_id=tokenizer.eos_id))
+
+
+def pretrained(directory):
+    """A function that loads a model, for training in float32: autocast does the rest."""
+    return lambda: GPT.from_pretrained(directory).float()
+
+
+def finetune(s, ranks):
+    """python train.py --init DIR --data FILE: each objective from the same weights, on the same samples in one order."""
+    if not s.data or not s.init:
+        raise UserError(f"--{'init' if s.data else 'data'} is missing; expected --init (a model directory, or 'scratch') "
+                        "and --data (a JSONL file) together, or neither for the default job")
+    if s.init == "scratch":
+        if not s.tokenizer:
+            raise UserError("--init scratch needs --tokenizer: a directory with tokenizer.json, or a tiktoken name")
+        tokenizer, source, limit = load_tokenizer(s.tokenizer), s.tokenizer, s.max_length or 2048
+        files, make_model = {}, scratch(s, tokenizer)
+    else:
+        directory = model_directory(s.init)
+        model, tokenizer = load_model(directory, s.tokenizer)
+        source, limit = s.tokenizer or directory, model.config.max_positions
+        files, make_model = {"init": directory / "model.safetensors"}, pretrained(directory)
+    if s.max_length > limit:
+        raise UserError(f"--max-length is {s.max_length}; the model's positions end at {limit}")
+    sets = {}
+    for name in ("data", "val_data"):
+        if getattr(s, name):
+            files[name] = Path(getattr(s, name))
+            sets[name], counts = load_samples(files[name], tokenizer, s.chat_format, s.max_length or limit)
+            ranks.print(f"{files[name]}: {counts['samples']} samples; {counts['cut']} cut at {s.max_length or limit} tokens, "
+                        f"{counts['dropped']} dropped for want of a response token")
+    if len(sets["data"]) < ranks.world:
+        raise UserError(f"{s.data}: {len(sets['data'])} samples for {ranks.world} ranks; expected at least one for each")
+    source = Path(source) / "tokenizer.json" if Path(source).is_dir() else Path(source)
+    if source.is_file():
+        files["tokenizer"] = source
+    for objective in s.objective:
+        out = Path(s.out) / objective if len(s.objective) > 1 else Path(s.out)
+        model = train(s, objective, out, make_model, sets["data"], sets.get("val_data", []), files, ranks)
+        ranks.print(f"{objective}: the model is in {model}")
+
+
+def main():
+    demo_wanted = lambda given: not {"init", "data"} & set(given)         # noqa: E731
+    s, given = parse_settings(sys.argv[1:], lambda given: TUNE if demo_wanted(given) else {})
+    ranks = Ranks(s.device)
+    ranks.start()
+    try:
+        if demo_wanted(given):
+            demo(s, ranks)
+        else:
+            finetune(s, ranks)
+    finally:
+        if ranks.world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
