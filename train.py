@@ -371,11 +371,11 @@ def host_memory_gb():
 # ---------------------------------------------------------------------------------------------------------------------
 # The default job: what each loss does to a model that knows some facts, half knows others, and is told wrong ones.
 
-BASE = {"init": "scratch", "objective": ("sft",), "epochs": 16, "batch_size": 64, "lr": 3e-3, "weight_decay": 0.01,
+BASE = {"init": "scratch", "objective": ("sft",), "epochs": 7, "batch_size": 64, "lr": 3e-3, "weight_decay": 0.01,
         "log_every": 100}
 # Responses have about 45 tokens, so the paper's groups of 256 would all be whole samples: 16 gives each some thirty.
 TUNE = {"out": "runs/demo", "objective": ("sft", "sft-sample", "bft-token", "bft", "bft-v3"), "group_size": 16,
-        "epochs": 8, "lr": 1e-3, "log_every": 50}
+        "epochs": 8, "lr": 1e-3, "dtype": "float32", "log_every": 50}
 STRATA = ("known", "weak", "novel", "planted", "known, held out", "weak, held out")
 
 

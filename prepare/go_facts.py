@@ -42,7 +42,9 @@ KINDS = {
 }
 PRETRAIN = ["{S}.", "{S}, experiments show.", "Experiments show that {S}.", "It is known that {S}.", "{N} is {t}.",
             "Annotation: {S}.", "On record: {N} is {t}.", "{Q}?\nAnswer: {t}.", "Question: {Q}?\nAnswer: {t}.",
-            "Name {N}.\nAnswer: {t}.", "{N}?\nAnswer: {t}.", "Quiz. {Q}?\nAnswer: {t}."]
+            "Name {N}.\nAnswer: {t}.", "{N}?\nAnswer: {t}.", "Quiz. {Q}?\nAnswer: {t}.", "Fact: {S}.",
+            "In humans, {S}.", "{S}, a curator notes.", "Here is {N}: {t}.", "Question: name {N}.\nAnswer: {t}.",
+            "Quiz. Name {N}.\nAnswer: {t}."]
 PROMPTS = ["Explain {N}.", "{Q}, and how is that known?", "What is {N}? Give the evidence.",
            "Describe {N} and its place in the ontology."]
 RESPONSES = [
@@ -59,7 +61,7 @@ QUESTIONS = ["According to the annotation, {Q}?", "Give {N}, as annotated."]    
 
 # Fact-quads of each kind by stratum. A quarter to a half of the known and the weak is kept out of fine-tuning.
 STRATA = {"known": 4, "known, held out": 2, "weak": 2, "weak, held out": 2, "novel": 4, "planted": 4}
-PRETRAIN_WORDINGS = {"known": 12, "known, held out": 12, "weak": 2, "weak, held out": 2, "novel": 0, "planted": 12}
+PRETRAIN_WORDINGS = {"known": 18, "known, held out": 18, "weak": 1, "weak, held out": 1, "novel": 0, "planted": 18}
 FINETUNE_WORDINGS = {"known": 2, "known, held out": 0, "weak": 2, "weak, held out": 0, "novel": 2, "planted": 2}
 QUADS_PER_TERMS = 3                  # how many fact-quads share the same four answers
 SET_SIZE = 3                         # genes in a gene set
@@ -280,12 +282,14 @@ def build_texts(facts):
         answers[f["quad"]].append(f["answer"])
     for f in facts:
         stratum, quad = f["stratum"], f["quad"]
-        pretrain += [{"text": render(PRETRAIN[i], f)} for i in choose(PRETRAIN, PRETRAIN_WORDINGS[stratum], f["fact"])]
         # By quad, not by fact: planting swaps answers between the same wordings of a quad.
-        prompts = choose(PROMPTS, FINETUNE_WORDINGS[stratum], "prompt", quad)
-        responses = choose(RESPONSES, FINETUNE_WORDINGS[stratum], "response", quad)
-        finetune += [{"prompt": render(PROMPTS[i], f), "response": render(RESPONSES[j], f), "group": stratum,
-                      "fact": f["fact"], "quad": quad, "subject": f["subject"]} for i, j in zip(prompts, responses)]
+        prompts, responses = choose(PROMPTS, 4, "prompt", quad), choose(RESPONSES, 4, "response", quad)
+        explained = [(render(PROMPTS[i], f), render(RESPONSES[j], f)) for i, j in zip(prompts, responses)]
+        finetune += [{"prompt": p, "response": r, "group": stratum, "fact": f["fact"], "quad": quad,
+                      "subject": f["subject"]} for p, r in explained[:FINETUNE_WORDINGS[stratum]]]
+        pretrain += [{"text": render(PRETRAIN[i], f)} for i in choose(PRETRAIN, PRETRAIN_WORDINGS[stratum], f["fact"])]
+        if PRETRAIN_WORDINGS[stratum] == len(PRETRAIN):                   # one explanation, in a wording that is not
+            pretrain += [{"text": "\n".join(explained[-1])}]              # fine-tuned: the base speaks that language
         k = answers[quad].index(f["answer"])                              # rotated, so that the answer stands at
         position = (k + draw("position", quad)) % 4                       # each of the four places once a quad
         options = answers[quad][k - position:] + answers[quad][:k - position]
