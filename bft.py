@@ -16,7 +16,8 @@ A conversation is one sample: windows run across its turns. Arithmetic inside is
 This file needs only torch and can be copied into any other code base.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def group_confidence(logp, offsets, group_size=256):
 
 
 def local_confidence(logp, offsets, group_size=256):
-    """c_t, the local confidence of each token (arXiv 2511.21075 v3, as restated in PertMind, appendix A.2): (N,) float64.
+    """c_t, the local confidence of each token (arXiv 2511.21075 v3, restated in PertMind, appendix A.2): (N,) float64.
 
         c_t = arithmetic mean of p over [t - g//2, t - g//2 + g - 1], cut off at the sample's ends
 
@@ -124,11 +125,12 @@ OBJECTIVES = {
 # The loss.
 
 def token_weights(logp, offsets, objective="bft", group_size=256):
-    """The weight s_b * w_t of each response token, before averaging: (N,), detached, float32 (float64 for float64 logp).
+    """The weight s_b * w_t of each response token, before averaging: (N,), detached, float32 (float64 if logp is).
 
     logp: (N,) log-probs of the response tokens, float32. offsets: (S+1,) int64; checked where they lie on the CPU.
     objective: a row of OBJECTIVES. group_size: g, in tokens.
-    Raises ValueError for an unknown objective, group_size < 1, or offsets that do not start at 0, fall, or do not end at N.
+    Raises ValueError for an unknown objective, group_size < 1, and offsets that do not start at 0, fall, or do not end
+    at N.
     """
     return _weights(logp, offsets, objective, group_size).to(_precision(logp))
 
@@ -201,7 +203,8 @@ def _check(logp, offsets, group_size):
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1; it is {group_size}")
     if logp.dim() != 1 or offsets.dim() != 1 or len(offsets) == 0:
-        raise ValueError(f"logp must be (N,) and offsets (S+1,); they are {tuple(logp.shape)} and {tuple(offsets.shape)}")
+        raise ValueError(f"logp must be (N,) and offsets (S+1,); they are {tuple(logp.shape)} and "
+                         f"{tuple(offsets.shape)}")
     if offsets.is_cuda or torch.compiler.is_compiling():              # looking at the values would synchronise
         return
     if offsets[0] != 0 or offsets[-1] != len(logp) or (offsets.diff() < 0).any():

@@ -13,6 +13,7 @@ group that evaluations report by:
 
 import argparse
 import gzip
+import itertools
 import json
 import os
 import sys
@@ -26,6 +27,11 @@ import torch
 
 class UserError(Exception):
     """A mistake in what the user gave us. Its message is one sentence: what is wrong, where, what was expected."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
 
 
 def run(main):
@@ -170,8 +176,8 @@ def as_messages(row, where):
             raise UserError(f"{where}: no turn of the assistant in 'messages'; nothing to learn from")
         return [(t["role"], text(t, "content", blank=t["role"] != "assistant")) for t in turns]
     if "instruction" in row or "output" in row:
-        instruction, extra = text(row, "instruction", blank=True), text(row, "input", blank=True, default="")
-        return [("user", f"{instruction}\n{extra}" if extra.strip() else instruction), ("assistant", text(row, "output"))]
+        prompt, extra = text(row, "instruction", blank=True), text(row, "input", blank=True, default="")
+        return [("user", f"{prompt}\n{extra}" if extra.strip() else prompt), ("assistant", text(row, "output"))]
     if "text" in row:
         return [(None, text(row, "text"))]
     raise UserError(f"{where}: the keys are {', '.join(map(repr, row)) or 'none'}; expected {SHAPES}")
@@ -226,7 +232,7 @@ def load_samples(path, tokenizer, chat_format="plain", max_length=None, rows=Non
 
 
 def load_choice(path):
-    """Multiple-choice items, {"question", "choices", "answer", "context"?}: a list of those objects. Raises UserError."""
+    """Multiple-choice items, {"question", "choices", "answer", "context"?}: a list of them. Raises UserError."""
     items = []
     for line, row in read_jsonl(path):
         question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
@@ -306,7 +312,7 @@ def collate(samples):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description="Shows samples as the training loop sees them.")
+    parser = Parser(description="Shows samples as the training loop sees them.")
     parser.add_argument("file")
     parser.add_argument("--tokenizer", required=True, help="directory with tokenizer.json, or a tiktoken name")
     parser.add_argument("--chat-format", choices=CHAT_FORMATS, default="plain")
@@ -319,12 +325,13 @@ def main():
         edges = [0, *(np.flatnonzero(np.diff(s.response)) + 1), len(s.ids)]
         print(f"--- line {s.line}: {len(s.ids)} tokens, {s.response.sum()} of response (between [[ and ]])")
         print("".join(f"[[{text}]]" if s.response[i] else text
-                      for i, text in ((i, tokenizer.decode(s.ids[i:j])) for i, j in zip(edges, edges[1:]))))
-    print(f"--- {counts['samples']} samples; {counts['cut']} cut at {args.max_length} tokens, {counts['dropped']} dropped "
-          "for want of a response token")
-    print("percentile       " + "".join(f"{q:>8}" for q in (0, 5, 25, 50, 75, 95, 100)))
-    for name, lengths in (("tokens", [len(s.ids) for s in samples]), ("response tokens", [s.response.sum() for s in samples])):
-        print(f"{name:17s}" + "".join(f"{int(v):>8}" for v in np.percentile(lengths, (0, 5, 25, 50, 75, 95, 100))))
+                      for i, text in ((i, tokenizer.decode(s.ids[i:j])) for i, j in itertools.pairwise(edges))))
+    print(f"--- {counts['samples']} samples; {counts['cut']} cut at {args.max_length} tokens, {counts['dropped']} "
+          "dropped for want of a response token")
+    percentiles = (0, 5, 25, 50, 75, 95, 100)
+    print(f"{'percentile':17s}" + "".join(f"{q:>8}" for q in percentiles))
+    for name, of in (("tokens", lambda s: len(s.ids)), ("response tokens", lambda s: s.response.sum())):
+        print(f"{name:17s}" + "".join(f"{v:>8.0f}" for v in np.percentile([of(s) for s in samples], percentiles)))
 
 
 if __name__ == "__main__":

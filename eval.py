@@ -22,7 +22,18 @@ import torch
 import torch.distributed as dist
 
 import bft
-from data import CHAT_FORMATS, Sample, UserError, collate, deal, load_choice, load_samples, load_tokenizer, run
+from data import (
+    CHAT_FORMATS,
+    Parser,
+    Sample,
+    UserError,
+    collate,
+    deal,
+    load_choice,
+    load_samples,
+    load_tokenizer,
+    run,
+)
 from model import GPT, autocast, compute_dtype, write_whole
 
 
@@ -205,8 +216,7 @@ def load_model(path, tokenizer=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("models", nargs="+", help="run or model directories")
     parser.add_argument("--tasks", nargs="+", choices=("nll", "choice"), required=True)
     parser.add_argument("--data", nargs="+", required=True, help="a file for each task, in the same order")

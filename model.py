@@ -14,6 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -193,13 +194,14 @@ class GPT(nn.Module):
         """
         directory = Path(directory)
         try:
-            c = json.loads((directory / "config.json").read_bytes())
+            c = {"architectures": None} | json.loads((directory / "config.json").read_bytes())
         except json.JSONDecodeError as e:
             raise ValueError(f"{directory / 'config.json'} is not JSON: {e}") from None
-        kind = c.get("architectures")
-        if kind != ["LlamaForCausalLM"] or c.get("rope_scaling") or c.get("attention_bias") or c.get("mlp_bias"):
-            raise ValueError(f"{directory / 'config.json'}: architectures {kind} is not supported, or has biases or "
-                             "scaled positions; supported: LlamaForCausalLM without either")
+        expected = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rope_scaling": None,
+                    "attention_bias": False, "mlp_bias": False}
+        for key, value in expected.items():
+            if c.get(key, value) != value:
+                raise ValueError(f"{directory / 'config.json'}: {key} {c.get(key)} is not supported; supported: {value}")
         try:
             config = GPTConfig(
                 vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
@@ -265,15 +267,15 @@ def load_safetensors(path):
             for name, t in header.items():
                 start, end = t["data_offsets"]
                 f.seek(base + start)
-                data = bytearray(f.read(end - start))
-                tensors[name] = torch.frombuffer(data, dtype=SAFETENSORS_DTYPES[t["dtype"]]).view(t["shape"])
+                raw = torch.from_numpy(np.frombuffer(bytearray(f.read(end - start)), dtype=np.uint8))
+                tensors[name] = raw.view(SAFETENSORS_DTYPES[t["dtype"]]).view(t["shape"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError, OverflowError) as e:
             raise ValueError(f"{path} is not a safetensors file that we can read: {e}") from None
     return tensors
 
 
 def write_whole(path, chunks):
-    """Writes an iterable of bytes under a temporary name, then renames: path holds all of them or what it held before."""
+    """Writes an iterable of bytes under a temporary name, then renames: path holds all of it or what it held before."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as f:
         f.writelines(chunks)

@@ -28,8 +28,19 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import bft
-from data import CHAT_FORMATS, UserError, collate, deal, global_batch, load_choice, load_samples, load_tokenizer, \
-    read_jsonl, run
+from data import (
+    CHAT_FORMATS,
+    Parser,
+    UserError,
+    collate,
+    deal,
+    global_batch,
+    load_choice,
+    load_samples,
+    load_tokenizer,
+    read_jsonl,
+    run,
+)
 from eval import choice_items, load_model, model_directory, score, segment_sum, summarise
 from model import GPT, GPTConfig, autocast, compute_dtype, write_whole
 
@@ -82,14 +93,14 @@ class Settings:
 
 
 # A run that differs in one of these is the same run: they change how it is computed or shown, not what.
-INCIDENTAL = {"objective", "out", "micro_tokens", "compile", "save_every", "eval_every", "log_every", "keep", "resume",
+INCIDENTAL = {"out", "micro_tokens", "compile", "save_every", "eval_every", "log_every", "keep", "resume",
               "device"}
 
 
 def parse_settings(argv, defaults=None):
     """argv -> (Settings, names of the flags that were given). defaults: other defaults than the dataclass's."""
-    parser = argparse.ArgumentParser(description="Fine-tunes a GPT with any objective of bft.py; without --init and "
-                                     "--data it runs the default job on assets/.", argument_default=argparse.SUPPRESS)
+    parser = Parser(description="Fine-tunes a GPT with any objective of bft.py; without --init and --data it runs the "
+                    "default job on assets/.", argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         options = dict(f.metadata)
         options["help"] = f"{options['help']} (default: {f.default})"
@@ -152,26 +163,28 @@ def describe(s, objective, files, device):
     """What config.json holds: everything that made the run."""
     git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"objective": objective, "settings": asdict(s), "git_commit": git.stdout.strip() or None,
+    return {"objective": objective, "settings": {**asdict(s), "objective": (objective,)},
+            "git_commit": git.stdout.strip() or None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                          "tiktoken": tiktoken.__version__},
             "device": f"{device.type}: {name}", "world_size": int(os.environ.get("WORLD_SIZE", 1)),
             "sha256": {k: hashlib.sha256(Path(p).read_bytes()).hexdigest() for k, p in files.items() if p}}
 
 
-def same_run(out, config):
-    """Raises UserError if `out` holds a run that differs in more than what is incidental."""
-    path = out / "config.json"
-    if not path.is_file():
+def same_run(out, config, resume):
+    """Raises UserError if `out` is not ours to write to: something else than a run or, where it would be resumed, a
+    run that differs in more than what is incidental."""
+    try:
+        old = json.loads((out / "config.json").read_bytes())
+        a = {**old["settings"], **old["sha256"], "objective": old["objective"]}
+    except (OSError, ValueError, KeyError, TypeError):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out} is there and is no run directory; expected a new path, or one of our runs")
+            raise UserError(f"--out {out} is there and is no run directory; expected a new path, or a run") from None
         return
-    old = json.loads(path.read_bytes())
-    a = {**old["settings"], **old["sha256"], "objective": old["objective"]}
     b = {**json.loads(json.dumps(config["settings"])), **config["sha256"], "objective": config["objective"]}
     wrong = [f"{k} {a.get(k)!r}, now {b.get(k)!r}" for k in sorted(a.keys() | b.keys())
-             if a.get(k) != b.get(k) and (k not in INCIDENTAL or k == "objective")]
-    if wrong:
+             if a.get(k) != b.get(k) and k not in INCIDENTAL]
+    if resume and wrong:
         raise UserError(f"--out {out} holds another run ({'; '.join(wrong)}); name another --out, or --no-resume to "
                         "start again over it")
 
@@ -229,6 +242,35 @@ def flops(model, samples):
     return 6 * (body * tokens + head * targets) + 12 * c.n_layer * c.n_embd * pairs
 
 
+def backward(net, batch, objective, s, ranks, dtype):
+    """Adds the gradient of one global batch (a list of data.Sample) to the parameters of net, on every rank.
+
+    However the batch is cut into ranks and micro-batches, loss and gradient are those of the whole. Returns the loss
+    and `sample_statistics` of the whole batch, (B, 4).
+    """
+    # Every rank knows the whole batch, so the global denominator needs no communication ...
+    by_samples = bft.OBJECTIVES[objective].average == "samples"
+    denominator = len(batch) if by_samples else sum(int(x.response.sum()) for x in batch)
+    micros = deal([len(x.ids) for x in batch], ranks.world, s.micro_tokens)[ranks.rank]
+    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    statistics = torch.zeros(len(batch), 4, dtype=torch.float64, device=ranks.device)
+    for m, micro in enumerate(micros):
+        packed = collate([batch[i] for i in micro]).to(ranks.device)
+        last = m == len(micros) - 1                                       # ranks exchange gradients once a step
+        with net.no_sync() if ranks.world > 1 and not last else contextlib.nullcontext():
+            with autocast(ranks.device, dtype):
+                logp = net(packed.input_ids, packed.bounds, packed.longest, packed.at, packed.targets)   # (N,)
+            part = bft.objective_loss(logp, packed.offsets, objective, s.group_size, denominator)
+            (part * ranks.world).backward()                               # ... and DDP's mean over ranks is undone
+        loss += part.detach()
+        if micro:
+            statistics[micro] = sample_statistics(logp, packed.offsets, objective, s.group_size)
+    if ranks.world > 1:
+        dist.all_reduce(loss)
+        dist.all_reduce(statistics)                                       # each rank filled the rows of its own samples
+    return loss.item(), statistics.cpu().numpy()
+
+
 def train(s, objective, out, make_model, samples, val, files, ranks):
     """Trains one objective into the run directory `out`; returns the directory of the model.
 
@@ -238,8 +280,7 @@ def train(s, objective, out, make_model, samples, val, files, ranks):
     out, device, dtype = Path(out), ranks.device, compute_dtype(s.dtype, ranks.device)
     total = s.steps or s.epochs * math.ceil(len(samples) / s.batch_size)
     config = describe(s, objective, files, device)
-    if s.resume:
-        same_run(out, config)
+    same_run(out, config, s.resume)
     found = checkpoints(out) if s.resume else []
     if found and found[-1][0] == total and (out / "model" / "config.json").is_file():
         ranks.print(f"{out}: finished, {total} steps; nothing to do")
@@ -288,9 +329,9 @@ def train(s, objective, out, make_model, samples, val, files, ranks):
     ranks.print(f"{out}: {objective} from step {start} to {total}, {len(samples)} samples, batch {s.batch_size}, "
                 f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {ranks.world} x {device}, "
                 f"{str(dtype).removeprefix('torch.')}")
-    if objective not in ("sft", "sft-sample", "dft", "bft-token") and multi_window < 0.1:
-        ranks.print(f"warning: only {multi_window:.0%} of the samples have more than --group-size {s.group_size} response "
-                    "tokens: for the others the minimum group confidence is that of the whole sample")
+    if bft.OBJECTIVES[objective].sample_weight is not bft.every_sample_1 and multi_window < 0.1:
+        ranks.print(f"warning: only {multi_window:.0%} of the samples have more than --group-size {s.group_size} "
+                    "response tokens; for the others the one group is the whole sample")
     peak = next((v for k, v in PEAK_FLOPS.items() if k in config["device"]), None) if dtype == torch.bfloat16 else None
     began = time.perf_counter()
     if start == 0:
@@ -300,29 +341,11 @@ def train(s, objective, out, make_model, samples, val, files, ranks):
         epoch, numbers = global_batch(step, len(samples), s.batch_size, s.seed)
         batch = [samples[i] for i in numbers]
         n = np.array([x.response.sum() for x in batch])                   # (B,) n_b
-        # Every rank knows the whole batch, so the global denominator needs no communication ...
-        denominator = len(batch) if bft.OBJECTIVES[objective].average == "samples" else int(n.sum())
-        micros = deal([len(x.ids) for x in batch], ranks.world, s.micro_tokens)[ranks.rank]
-        statistics = torch.zeros(len(batch), 4, dtype=torch.float64, device=device)
-        loss = torch.zeros((), dtype=torch.float64, device=device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, s)
-        for m, micro in enumerate(micros):
-            packed = collate([batch[i] for i in micro]).to(device)
-            last = m == len(micros) - 1                                   # gradients are exchanged once a step
-            with net.no_sync() if ranks.world > 1 and not last else contextlib.nullcontext():
-                with autocast(device, dtype):
-                    logp = net(packed.input_ids, packed.bounds, packed.longest, packed.at, packed.targets)   # (N,)
-                part = bft.objective_loss(logp, packed.offsets, objective, s.group_size, denominator)
-                (part * ranks.world).backward()                           # ... and DDP's mean over ranks is undone
-            loss += part.detach()
-            if micro:
-                statistics[micro] = sample_statistics(logp, packed.offsets, objective, s.group_size)
-        if ranks.world > 1:
-            dist.all_reduce(statistics)                                   # each rank filled its own samples' rows
-            dist.all_reduce(loss)
+        loss, statistics = backward(net, batch, objective, s, ranks, dtype)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
-        loss, (nll, w, sample_weight, confidence) = loss.item(), statistics.cpu().numpy().T
+        nll, w, sample_weight, confidence = statistics.T                  # (B,) each
         if not math.isfinite(loss) or not math.isfinite(grad_norm):       # the same on every rank
             bad = [batch[i].line for i in range(len(batch)) if not math.isfinite(nll[i])] or [x.line for x in batch]
             ranks.print(f"error: step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update. "
@@ -345,8 +368,9 @@ def train(s, objective, out, make_model, samples, val, files, ranks):
         log(line)
         if step % s.log_every == 0 or step == total:
             eta = (time.perf_counter() - began) / (step - start) * (total - step)
-            ranks.print(f"{objective} step {step}/{total}  loss {loss:.4f}  nll {line['nll']:.4f}  |g| {grad_norm:.3f}  "
-                        f"lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tok/s  eta {eta // 60:.0f}:{eta % 60:02.0f}")
+            ranks.print(f"{objective} step {step}/{total}  loss {loss:.4f}  nll {line['nll']:.4f}  |g| {grad_norm:.3f}"
+                        f"  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tok/s"
+                        f"  eta {eta // 60:.0f}:{eta % 60:02.0f}")
         if step == total or (s.eval_every and step % s.eval_every == 0):
             validate(step)
         if ranks.rank == 0 and (step == total or (s.save_every and step % s.save_every == 0)):
@@ -507,10 +531,10 @@ def pretrained(directory):
 
 
 def finetune(s, ranks):
-    """python train.py --init DIR --data FILE: each objective from the same weights, on the same samples in one order."""
+    """python train.py --init DIR --data FILE: each objective from the same weights, on the same samples in order."""
     if not s.data or not s.init:
-        raise UserError(f"--{'init' if s.data else 'data'} is missing; expected --init (a model directory, or 'scratch') "
-                        "and --data (a JSONL file) together, or neither for the default job")
+        raise UserError(f"--{'init' if s.data else 'data'} is missing; expected --init (a model directory, or "
+                        "'scratch') and --data (a JSONL file) together, or neither for the default job")
     if s.init == "scratch":
         if not s.tokenizer:
             raise UserError("--init scratch needs --tokenizer: a directory with tokenizer.json, or a tiktoken name")
@@ -518,6 +542,8 @@ def finetune(s, ranks):
         files, make_model = {}, scratch(s, tokenizer)
     else:
         directory = model_directory(s.init)
+        if Path(s.out).resolve() in directory.resolve().parents or Path(s.out).resolve() == directory.resolve():
+            raise UserError(f"--out {s.out} holds the model of --init; expected another directory")
         model, tokenizer = load_model(directory, s.tokenizer)
         source, limit = s.tokenizer or directory, model.config.max_positions
         files, make_model = {"init": directory / "model.safetensors"}, pretrained(directory)
@@ -528,10 +554,10 @@ def finetune(s, ranks):
         if getattr(s, name):
             files[name] = Path(getattr(s, name))
             sets[name], counts = load_samples(files[name], tokenizer, s.chat_format, s.max_length or limit)
-            ranks.print(f"{files[name]}: {counts['samples']} samples; {counts['cut']} cut at {s.max_length or limit} tokens, "
-                        f"{counts['dropped']} dropped for want of a response token")
+            ranks.print(f"{files[name]}: {counts['samples']} samples; {counts['cut']} cut at {s.max_length or limit} "
+                        f"tokens, {counts['dropped']} dropped for want of a response token")
     if len(sets["data"]) < ranks.world:
-        raise UserError(f"{s.data}: {len(sets['data'])} samples for {ranks.world} ranks; expected at least one for each")
+        raise UserError(f"{s.data}: {len(sets['data'])} samples for {ranks.world} ranks; expected one for each or more")
     source = Path(source) / "tokenizer.json" if Path(source).is_dir() else Path(source)
     if source.is_file():
         files["tokenizer"] = source

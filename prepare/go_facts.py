@@ -81,10 +81,11 @@ became facts; negated (`NOT`), obsolete and contradictory ones (promotes and res
 
 {counts}.
 
-| stratum (the model's acquaintance with the gene) | facts | wordings in pre-training | wordings in fine-tuning |
+| stratum (the base's acquaintance with the gene) | facts | short wordings in pre-training | explanations in fine-tuning |
 |---|---|---|---|
 {table}
-Exposures in pre-training are wordings times epochs. The default run swaps the answers of the *planted* stratum in
+Exposures in pre-training are wordings times epochs; facts in all wordings are also explained there once, in a wording
+that fine-tuning does not use for them. The default run swaps the answers of the *planted* stratum in
 memory, to imitate wrong labels; here every one of them is the sourced answer.
 
 | file | a line |
@@ -184,7 +185,7 @@ class Ontology:
         prefix = KINDS[kind][1]
         if not prefix:
             return {term}
-        target = self.terms[term]["name"].removeprefix(prefix)            # both directions, the unsigned, and the target
+        target = self.terms[term]["name"].removeprefix(prefix)  # both directions, neither, itself
         names = [p + target for p in ("positive regulation of ", "negative regulation of ", "regulation of ", "")]
         return {self.by_name[n] for n in names if n in self.by_name}
 
@@ -331,11 +332,11 @@ def main():
     texts = [r["text"] for r in pretrain] + [r[k] for r in finetune for k in ("prompt", "response")]
     tokenizer = train_tokenizer(texts, args.out / "tokenizer.json")
     lengths = sorted(len(tokenizer.encode(r["response"]).ids) + 1 for r in finetune)
-    table = "".join(f"| {s} | {sum(f['stratum'] == s for f in facts)} | {PRETRAIN_WORDINGS[s]} | {FINETUNE_WORDINGS[s]} |\n"
-                    for s in STRATA)
-    counts = (f"{len(facts)} facts, {len(pretrain)} pre-training texts, {len(finetune)} fine-tuning samples (responses of "
-              f"{lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}), {len(choice)} choice items, "
-              f"{tokenizer.get_vocab_size()} tokens")
+    number = {s: sum(f["stratum"] == s for f in facts) for s in STRATA}
+    table = "".join(f"| {s} | {number[s]} | {PRETRAIN_WORDINGS[s]} | {FINETUNE_WORDINGS[s]} |\n" for s in STRATA)
+    counts = (f"{len(facts)} facts, {len(pretrain)} pre-training texts, {len(finetune)} fine-tuning samples (responses "
+              f"of {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}), {len(choice)} choice "
+              f"items, {tokenizer.get_vocab_size()} tokens")
     (args.out / "README.md").write_text(README.format(
         obo=args.obo.name, gaf=args.gaf.name, version=onto.version, counts=counts, table=table), encoding="utf-8")
     print(f"{args.out}: {counts}")

@@ -1,0 +1,138 @@
+"""What assets/ promises, and prepare/go_facts.py on an ontology small enough to check by eye."""
+
+import collections
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "assets"
+sys.path.insert(0, str(ROOT / "prepare"))
+import go_facts  # noqa: E402
+
+
+def rows(name):
+    return [json.loads(line) for line in (ASSETS / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [r["text"] for r in rows("pretrain")] + [r["prompt"] + "\n" + r["response"] for r in rows("finetune")]
+
+
+def test_size():
+    assert sum(p.stat().st_size for p in ASSETS.iterdir()) <= 1_000_000
+    assert 380 <= len(rows("facts")) <= 450
+
+
+def test_strata_are_by_gene_and_exposures_are_as_stated():
+    stratum, pretrained, finetuned = {}, collections.Counter(), collections.Counter()
+    for f in rows("facts"):
+        for gene in f["subject"].replace(" and ", ", ").split(", "):
+            assert stratum.setdefault(gene, f["fact"]) == f["fact"]       # a gene belongs to one fact
+    texts = [" " + r["text"].replace("\n", " ") for r in rows("pretrain")]
+    for r in rows("finetune"):
+        finetuned[r["fact"]] += 1
+    for f in rows("facts"):
+        mentions = [t for t in texts if f" {f['subject']} " in t or f" {f['subject']}." in t or f" {f['subject']}?" in t
+                    or f" {f['subject']}:" in t or f" {f['subject']}," in t]
+        assert all(f["answer"] in t for t in mentions)                    # nothing but the sourced answer
+        pretrained[f["fact"]] = len(mentions)
+    for f in rows("facts"):
+        known = f["stratum"] in ("known", "known, held out", "planted")
+        weak = f["stratum"].startswith("weak")
+        assert pretrained[f["fact"]] == (19 if known else 1 if weak else 0), f
+        assert finetuned[f["fact"]] == (0 if "held out" in f["stratum"] else 2)
+
+
+def test_fine_tuning_answers_are_explanations_with_the_fact_inside():
+    from data import load_samples, load_tokenizer
+    samples, _ = load_samples(ASSETS / "finetune.jsonl", load_tokenizer(ASSETS))
+    assert all(30 <= s.response.sum() <= 120 for s in samples)
+    answer = {f["fact"]: f["answer"] for f in rows("facts")}
+    assert all(answer[r["fact"]] in r["response"] and r["subject"] in r["response"] for r in rows("finetune"))
+
+
+def test_choice_items_are_balanced_and_worded_like_no_training_text(texts):
+    items, facts = rows("choice"), {f["fact"]: f for f in rows("facts")}
+    assert {i["fact"] for i in items} == set(facts)
+    quads = collections.defaultdict(list)
+    for i in items:
+        f = facts[i["fact"]]
+        assert i["choices"][i["answer"]] == f["answer"] and i["group"] == f["stratum"]
+        assert len(set(i["choices"])) == 4 and not any(i["question"] in t for t in texts)
+        quads[i["quad"]].append(i)
+    for quad in quads.values():                                           # each answer right once, in each place once
+        assert sorted(i["answer"] for i in quad) == [0, 1, 2, 3]
+        assert len({facts[i["fact"]]["kind"] for i in quad}) == 1
+        assert sorted(i["choices"][i["answer"]] for i in quad) == sorted(quad[0]["choices"])
+
+
+OBO = """format-version: 1.2
+data-version: test
+[Term]
+id: GO:1
+name: eating
+namespace: biological_process
+is_a: GO:9 ! living
+[Term]
+id: GO:2
+name: sleeping
+namespace: biological_process
+is_a: GO:9 ! living
+[Term]
+id: GO:3
+name: positive regulation of eating
+namespace: biological_process
+relationship: part_of GO:2 ! sleeping
+[Term]
+id: GO:4
+name: negative regulation of eating
+namespace: biological_process
+[Term]
+id: GO:5
+name: gone forever
+namespace: biological_process
+is_a: GO:9
+is_obsolete: true
+[Term]
+id: GO:9
+name: living
+namespace: biological_process
+[Typedef]
+id: part_of
+name: part of
+"""
+# gene, qualifier, term, evidence code
+ANNOTATIONS = [("AAA", "", "GO:1", "IDA"), ("BBB", "involved_in", "GO:1", "IEA"), ("CCC", "NOT", "GO:1", "IDA"),
+               ("CCC", "", "GO:1", "IMP"), ("DDD", "", "GO:3", "IMP"), ("EEE", "", "GO:3", "IMP"), ("EEE", "", "GO:4", "TAS"),
+               ("FFF", "NOT|involved_in", "GO:9", "IDA"), ("FFF", "", "GO:1", "IDA"), ("GGG", "", "GO:5", "IDA"),
+               ("HHH", "acts_upstream_of", "GO:1", "IDA"), ("III", "", "GO:1", "IEP"), ("III", "", "GO:1", "IDA")]
+
+
+def test_only_experimental_uncontradicted_facts_survive(tmp_path):
+    (tmp_path / "go.obo").write_text(OBO)
+    (tmp_path / "go.gaf").write_text("!gaf-version: 2.2\n" + "".join(
+        f"UniProtKB\tP\t{gene}\t{q}\t{term}\tPMID:1\t{code}\t\tP\t\t\tprotein\ttaxon:9606\t20190101\tX\t\t\n"
+        for gene, q, term, code in ANNOTATIONS))
+    onto = go_facts.Ontology(tmp_path / "go.obo", tmp_path / "go.gaf")
+    assert onto.ancestors("GO:3") == {"GO:3", "GO:2", "GO:9"} and "GO:5" not in onto.terms
+    # BBB no experiment, CCC and FFF negated (FFF above the term), GGG obsolete, HHH only upstream; EEE both directions
+    assert onto.facts("process") == {"GO:1": ["AAA", "III"]}
+    assert onto.facts("promotes") == {"GO:3": ["DDD"]} and onto.facts("restrains") == {}
+    assert onto.evidence["III", "GO:1"] == "IDA"
+    # who promotes eating is not offered 'eating' nor either direction of it as a wrong answer
+    assert onto.relatives("GO:3", "promotes") == {"GO:1", "GO:3", "GO:4"}
+
+
+def test_too_little_data_is_said(tmp_path):
+    (tmp_path / "go.obo").write_text(OBO)
+    (tmp_path / "go.gaf").write_text("")
+    command = [sys.executable, ROOT / "prepare" / "go_facts.py", "--obo", tmp_path / "go.obo", "--out", tmp_path / "out", "--gaf"]
+    for gaf, words in (("go.gaf", "too few facts"), ("missing.gaf", "no such file")):
+        result = subprocess.run([*command, tmp_path / gaf], capture_output=True, text=True)
+        assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,191 @@
+"""Files, chat format, order and packing."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.load_tokenizer(ROOT / "assets")
+
+
+def write(path, *rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def test_ids_equal_the_tokenizers_library(tokenizer):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_file(str(ROOT / "assets" / "tokenizer.json"))
+    theirs.encode_special_tokens = True                                   # special tokens in text are text
+    texts = [json.loads(line)["text"] for line in open(ROOT / "assets" / "pretrain.jsonl")][::7]
+    texts += ["", " ", "\n\n  \t x", "naïve café 😀", "日本語 12345,6  ", "TNF-α's β-catenin I'll\r\n", "<|endoftext|>", "e\u0301"]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.n_vocab == theirs.get_vocab_size()
+    assert tokenizer.eos_id == theirs.token_to_id("<|endoftext|>")
+
+
+def test_unsupported_tokenizers_are_refused_by_name(tmp_path):
+    spec = json.loads((ROOT / "assets" / "tokenizer.json").read_text())
+    for change, word in (({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"), ({"normalizer": {"type": "NFC"}}, "normalizer"),
+                         ({"model": {**spec["model"], "type": "Unigram"}}, "Unigram"), ({"model": 3}, "tokenizer.json")):
+        path = write(tmp_path / "tokenizer.json", {**spec, **change})
+        with pytest.raises(data.UserError, match=word):
+            data.load_tokenizer(path)
+    with pytest.raises(data.UserError, match="no-such-thing"):
+        data.load_tokenizer("no-such-thing")
+
+
+def marked(sample, tokenizer):
+    """(prompt parts, response parts) decoded, from the mask."""
+    return (tokenizer.decode(sample.ids[~sample.response]), tokenizer.decode(sample.ids[sample.response]))
+
+
+def test_every_shape_marks_its_response(tmp_path, tokenizer):
+    end = "<|endoftext|>"
+    path = write(
+        tmp_path / "a.jsonl", {"prompt": "What?", "response": "That.", "group": "g", "extra": 1},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A?"},
+                      {"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"},
+                      {"role": "assistant", "content": "D."}]},
+        {"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Add.", "output": "3"},
+        {"text": "Just text."})
+    samples, counts = data.load_samples(path, tokenizer)
+    assert counts == {"samples": 5, "cut": 0, "dropped": 0}
+    assert [marked(s, tokenizer) for s in samples[:4]] == [
+        ("What?\n", "That." + end), ("Be brief.\nA?\nC?\n", f"B.{end}D.{end}"), ("Add.\n1 2\n", "3" + end),
+        ("Add.\n", "3" + end)]
+    assert samples[0].group == "g" and samples[0].line == 1
+    text = samples[4]
+    assert tokenizer.decode(text.ids) == "Just text." + end and text.response.tolist() == [False] + [True] * (len(text.ids) - 1)
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    again, _ = data.load_samples(packed, tokenizer)
+    assert all((a.ids == b.ids).all() for a, b in zip(samples, again))
+
+
+def test_prompt_and_response_are_encoded_separately(tokenizer):
+    sample = data.encode_sample([("user", "x"), ("assistant", " y")], tokenizer)
+    assert sample.ids.tolist() == [*tokenizer.encode("x"), *tokenizer.encode("\n"), *tokenizer.encode(" y"), tokenizer.eos_id]
+
+
+def test_long_samples_are_cut_at_the_end_and_dropped_when_nothing_is_left(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "response": "b c d e f g h i j k"}, {"prompt": "long " * 50, "response": "x"},
+                 {"prompt": "a", "response": "b"})
+    samples, counts = data.load_samples(path, tokenizer, max_length=8)
+    assert counts == {"samples": 2, "cut": 2, "dropped": 1}
+    assert [len(s.ids) for s in samples] == [8, 4] and [s.line for s in samples] == [1, 3]
+    with pytest.raises(data.UserError, match="within 2 tokens"):
+        data.load_samples(path, tokenizer, max_length=2)
+
+
+BAD_LINES = {
+    "not JSON": ('{"prompt": "a", "resp', "not JSON"),
+    "a list": ("[1, 2]", "list"),
+    "wrong keys": ('{"question": "a", "reply": "b"}', "'question', 'reply'"),
+    "no response": ('{"prompt": "a"}', "'response' is missing"),
+    "wrong type": ('{"prompt": "a", "response": 3}', "'response' is int"),
+    "empty response": ('{"prompt": "a", "response": ""}', "empty"),
+    "blank response": ('{"instruction": "a", "output": " \\n"}', "blank"),
+    "blank text": ('{"text": "  "}', "blank"),
+    "not UTF-8": (b'{"prompt": "a", "response": "\xff"}', "not UTF-8"),
+    "no assistant": ('{"messages": [{"role": "user", "content": "a"}]}', "assistant"),
+    "unknown role": ('{"messages": [{"role": "tool", "content": "a"}]}', "'tool'"),
+    "messages no list": ('{"messages": "a"}', "list"),
+    "content no string": ('{"messages": [{"role": "assistant", "content": ["a"]}]}', "'content' is list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_is_named_with_file_and_number(case, tmp_path, tokenizer):
+    line, words = BAD_LINES[case]
+    path = tmp_path / "bad.jsonl"
+    good = b'{"prompt": "a", "response": "b"}\n\n'
+    path.write_bytes(good + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
+    with pytest.raises(data.UserError) as error:
+        data.load_samples(path, tokenizer)
+    assert f"{path}:3: " in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_files(tmp_path, tokenizer):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 1000)[:-20])
+    for name, words in (("missing.jsonl", "no such file"), ("empty.jsonl", "empty"), ("cut.jsonl.gz", "cannot be read")):
+        with pytest.raises(data.UserError, match=words):
+            data.load_samples(tmp_path / name, tokenizer)
+
+
+@pytest.mark.parametrize("change", [{"question": 1}, {"choices": ["a"]}, {"choices": ["a", ""]}, {"answer": 2}, {"answer": True},
+                                    {"context": 3}])
+def test_bad_choice_items(change, tmp_path):
+    good = {"question": "q", "choices": ["a", "b"], "answer": 1}
+    assert data.load_choice(write(tmp_path / "good.jsonl", good)) == [good]
+    with pytest.raises(data.UserError, match=rf"bad\.jsonl:2: .*'{next(iter(change))}"):
+        data.load_choice(write(tmp_path / "bad.jsonl", good, {**good, **change}))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    n, batch = 10, 4
+    steps = [data.global_batch(step, n, batch, seed=5) for step in range(6)]
+    assert [epoch for epoch, _ in steps] == [0, 0, 0, 1, 1, 1]
+    assert [len(b) for _, b in steps] == [4, 4, 2] * 2                    # the last partial batch is kept
+    first, second = (sum((b for e, b in steps if e == epoch), []) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(n)) and first != second
+    other = sum((data.global_batch(step, n, 5, seed=5)[1] for step in range(2)), [])
+    assert other == first                                                 # the batch size only cuts the same order
+    assert data.global_batch(0, n, batch, seed=6)[1] != first[:4]
+    assert first == [5, 1, 7, 3, 4, 6, 8, 9, 2, 0]                        # on every machine, in every version of numpy
+
+
+def test_dealing_keeps_every_sample_and_every_limit():
+    rng = np.random.RandomState(0)
+    for _ in range(200):
+        lengths = rng.randint(1, 120, size=rng.randint(1, 40)).tolist()
+        world, limit = int(rng.randint(1, 9)), int(rng.choice([1, 64, 128, 1000]))
+        plan = data.deal(lengths, world, limit)
+        assert sorted(i for rank in plan for micro in rank for i in micro) == list(range(len(lengths)))
+        assert len(plan) == world and len({len(rank) for rank in plan}) == 1          # equal backward passes: no hang
+        for micro in (m for rank in plan for m in rank):
+            assert len(micro) <= 1 or sum(lengths[i] for i in micro) <= limit
+        loads = [sum(lengths[i] for m in rank for i in m) for rank in plan]
+        assert max(loads) - min(loads) <= max(lengths)
+        assert plan == data.deal(lengths, world, limit)
+
+
+def test_collate_lays_samples_end_to_end(tokenizer):
+    samples = [data.encode_sample([("user", "ab"), ("assistant", "c")], tokenizer),
+               data.encode_sample([("user", "d"), ("assistant", "e f"), ("user", "g"), ("assistant", "h")], tokenizer)]
+    batch = data.collate(samples)
+    ids = np.concatenate([s.ids for s in samples])
+    assert batch.input_ids.tolist() == ids.tolist()
+    assert batch.bounds.tolist() == [0, len(samples[0].ids), len(ids)] and batch.longest == max(len(s.ids) for s in samples)
+    assert batch.targets.tolist() == ids[np.concatenate([s.response for s in samples])].tolist()
+    assert batch.input_ids[batch.at + 1].tolist() == batch.targets.tolist()
+    assert batch.offsets.tolist() == [0, 2, 2 + samples[1].response.sum()]
+    empty = data.collate([])
+    assert len(empty.input_ids) == 1 and len(empty.at) == 0 and empty.offsets.tolist() == [0]
+    assert batch.offsets.dtype == empty.offsets.dtype == torch.int64
+
+
+def test_the_command_shows_samples_and_lengths(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "What?", "response": "That."}, {"prompt": "b", "response": "c"})
+    command = [sys.executable, ROOT / "data.py", path, "--tokenizer", ROOT / "assets", "-n", "1"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "What?\n[[That.<|endoftext|>]]" in out and "2 samples; 0 cut" in out and "response tokens" in out
+    path.write_text("oops\n")
+    bad = subprocess.run(command, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and f"{path}:1: not JSON" in bad.stderr

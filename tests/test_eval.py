@@ -1,0 +1,135 @@
+"""Scores against direct calculations, intervals against closed forms, and the command."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from data import load_choice, load_samples, load_tokenizer
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "assets"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ASSETS)
+
+
+def tiny(tokenizer, seed):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(tokenizer.n_vocab, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, n_ff=32, eos_token_id=tokenizer.eos_id))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    return model.eval()
+
+
+def log_likelihood(model, ids, start):
+    """Sum of log p of ids[start:], by plain logits."""
+    with torch.no_grad():
+        logp = model(torch.tensor([ids]))[0].log_softmax(-1)
+    return sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids)))
+
+
+def test_choice_equals_a_direct_calculation(tokenizer):
+    model, items = tiny(tokenizer, 0), load_choice(ASSETS / "choice.jsonl")[::20]
+    items = [*items, {"question": "Which?", "choices": ["a", "bb ccc", "Größe", "d"], "answer": 2, "context": "Context.",
+                      "planted": 0}]
+    records = evaluation.choice_items(model, tokenizer, items)
+    for item, record in zip(items, records):
+        prompt = (item["context"] + "\n" if "context" in item else "") + item["question"] + "\nAnswer:"
+        start, logliks, tokens = len(tokenizer.encode(prompt)), [], []
+        for choice in item["choices"]:
+            ids = tokenizer.encode(prompt + " " + choice)
+            logliks.append(log_likelihood(model, ids, start))
+            tokens.append(len(ids) - start)
+        assert record["loglik"] == pytest.approx(logliks, abs=1e-4)
+        answer = item["answer"]
+        best = lambda scores: int(max(range(len(scores)), key=scores.__getitem__) == answer)   # noqa: B023, E731
+        assert record["acc"] == best(logliks)
+        assert record["acc_norm"] == best([v / len(c) for v, c in zip(logliks, item["choices"])])
+        assert record["acc_bytes"] == best([v / len(c.encode()) for v, c in zip(logliks, item["choices"])])
+        assert record["nll"] == pytest.approx(-logliks[answer] / tokens[answer], abs=1e-5)
+    assert "followed" not in records[0] and records[-1]["followed"] == int(np.argmax(records[-1]["loglik"]) == 0)
+
+
+def test_nll_equals_a_direct_calculation(tokenizer):
+    model, (samples, _) = tiny(tokenizer, 0), load_samples(ASSETS / "finetune.jsonl", tokenizer)
+    for sample, item in zip(samples[:9], evaluation.nll_items(model, samples[:9], group_size=8)):
+        start = int(sample.response.argmax())
+        assert item["nll"] == pytest.approx(-log_likelihood(model, sample.ids.tolist(), start), rel=1e-5)
+        assert item["tokens"] == len(sample.ids) - start and 0 < item["confidence"] < 1
+
+
+def test_scores_do_not_depend_on_the_micro_batch(tokenizer):
+    model, (samples, _) = tiny(tokenizer, 0), load_samples(ASSETS / "finetune.jsonl", tokenizer)
+    whole, single = (evaluation.score(model, samples[:40], micro_tokens=m) for m in (100_000, 1))
+    np.testing.assert_allclose(whole, single, rtol=1e-5, atol=1e-8)
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one():
+    rng = np.random.RandomState(1)
+    a = rng.normal(0.3, 2.0, 400)
+    b = 0.5 * a + rng.normal(0, 0.5, 400)
+    half = 1.96 * a.std() / 20
+    low, high = evaluation.interval(evaluation.bootstrap(a))
+    assert low == pytest.approx(a.mean() - half, abs=0.1 * half) and high == pytest.approx(a.mean() + half, abs=0.1 * half)
+    d = a - b                                                             # paired: the interval of the differences
+    low, high = evaluation.interval(evaluation.bootstrap(a) - evaluation.bootstrap(b))
+    assert (high - low) / 2 == pytest.approx(1.96 * d.std() / 20, rel=0.1) and low < d.mean() < high
+
+
+def test_bootstrap_of_a_ratio_weighs_by_tokens():
+    values, weights = np.array([2.0, 30.0, 5.0]), np.array([1, 10, 4])
+    drawn = evaluation.bootstrap(values, weights, resamples=4000)
+    possible = {(values[[i, j, k]].sum() / weights[[i, j, k]].sum()).round(9)
+                for i in range(3) for j in range(3) for k in range(3)}
+    assert set(drawn.round(9)) == possible
+
+
+def test_wilson_interval():
+    low, high = evaluation.wilson([1] * 8 + [0] * 2)                      # by hand: p = .8, n = 10
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert evaluation.wilson([1] * 20) == (pytest.approx(0.8389, abs=1e-4), pytest.approx(1.0))
+
+
+def test_summary_by_group_with_paired_differences():
+    items = lambda shift: [{"group": g, "acc": a, "acc_norm": a, "acc_bytes": a, "nll": n + shift}   # noqa: E731
+                           for g, a, n in (("x", 1, 0.5), ("x", 0, 1.5), ("y", 1, 3.0))]
+    rows = evaluation.summarise("choice", {"first": items(0), "second": items(0.25)})
+    cells = {(r["group"], r["measure"]): r for r in rows}
+    assert {g for g, _ in cells} == {None, "x", "y"} and (None, "followed") not in cells
+    row = cells["x", "nll"]
+    assert row["n"] == 2 and row["models"]["first"]["value"] == 1.0
+    second = row["models"]["second"]
+    assert [second[k] for k in ("difference", "difference_low", "difference_high")] == pytest.approx([0.25] * 3)
+    assert cells[None, "acc"]["models"]["first"]["value"] == pytest.approx(2 / 3)
+
+
+def test_the_command_prints_one_table_and_saves_every_item(tmp_path, tokenizer):
+    for seed in (0, 1):
+        directory = tmp_path / f"run{seed}" / "model"
+        tiny(tokenizer, seed).save_pretrained(directory)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (directory / name).write_bytes((ASSETS / name).read_bytes())
+    command = [sys.executable, ROOT / "eval.py", tmp_path / "run0", tmp_path / "run1" / "model", "--tasks", "nll", "choice",
+               "--group-size", "16", "--out", tmp_path / "results.json", "--data", ASSETS / "finetune.jsonl"]
+    result = subprocess.run([*command, ASSETS / "choice.jsonl"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "NLL per response token" in result.stdout and "known, held out (48)  acc %" in result.stdout
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert [len(v) for t in saved["tasks"] for v in t["items"].values()] == [672, 672, 432, 432]
+    nll = next(r for r in saved["tasks"][0]["rows"] if r["measure"] == "nll" and r["group"] is None)
+    for model, cell in nll["models"].items():                             # per token, not per sample
+        items = saved["tasks"][0]["items"][model]
+        assert cell["value"] == pytest.approx(sum(i["nll"] for i in items) / sum(i["tokens"] for i in items))
+        assert math.isfinite(cell["low"]) and cell["low"] < cell["value"] < cell["high"]
+    bad = subprocess.run(command, capture_output=True, text=True)         # two tasks, one file
+    assert bad.returncode == 2 and bad.stderr.startswith("error: --data names 1 files for 2 tasks")

@@ -1,0 +1,316 @@
+"""The loop: the same step in every layout, the same run every time, checkpoints, logs, and users' mistakes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import split_worker
+import torch
+from test_bft import reference
+
+import bft
+import train
+from data import UserError, load_choice, load_samples, load_tokenizer, read_jsonl, run
+from model import GPT, load_safetensors
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "assets"
+TIMINGS = {"tokens_per_s", "mfu", "memory_gb"}
+SMALL = ["--init", "scratch", "--tokenizer", str(ASSETS), "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--dtype",
+         "float32", "--lr", "1e-3", "--group-size", "16"]
+
+
+def torchrun(ranks, *command, **options):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    launch = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1
+                                else [])]
+    return subprocess.run([*launch, *map(str, command)], env=env, text=True, capture_output=True, timeout=300, **options)
+
+
+def call(monkeypatch, *argv):
+    """train.py in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    try:
+        run(train.main)
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+def metrics(out, timings=False):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return lines if timings else [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join((ASSETS / "finetune.jsonl").read_text().splitlines(keepends=True)[::16]))   # 42 samples
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Invariant 1
+
+def one_sample_at_a_time(objective):
+    """Loss and gradient of the worker's batch from plain logits, one sample at a time, and the loops of test_bft."""
+    model, batch = split_worker.setup()
+    logps = []
+    for s in batch:
+        ids = torch.from_numpy(s.ids)
+        at = torch.from_numpy(s.response).nonzero()[:, 0] - 1
+        logps.append(model(ids[None])[0].log_softmax(-1)[at, ids[at + 1]])
+    loss, gradient, _ = reference([x.tolist() for x in logps], objective, split_worker.GROUP_SIZE)
+    torch.cat(logps).backward(torch.tensor(gradient))
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("ranks, layouts", [(1, (10_000, 90, 50, 1)), (2, (10_000, 60, 1)), (3, (10_000, 50, 1))])
+def test_a_step_is_the_same_in_every_layout(ranks, layouts, tmp_path):
+    """micro_tokens 10_000: all packed into one micro-batch a rank; 1: one sample a micro-batch. Ten layouts in all."""
+    result = torchrun(ranks, ROOT / "tests" / "split_worker.py", tmp_path / "out.pt", *layouts)
+    assert result.returncode == 0, result.stderr
+    results = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert len(results) == len(layouts) * len(split_worker.OBJECTIVES)
+    for objective in split_worker.OBJECTIVES:
+        loss, gradient = one_sample_at_a_time(objective)
+        for layout in layouts:
+            other_loss, other = results[f"{objective} {layout}"]
+            assert math.isclose(other_loss, loss, rel_tol=1e-5), (objective, layout)
+            assert (other - gradient).norm() <= 1e-5 * gradient.norm(), (objective, layout)
+
+
+def test_two_ranks_train_like_one(tmp_path, data_file):
+    for ranks in (1, 2):
+        result = torchrun(ranks, ROOT / "train.py", *SMALL, "--data", data_file, "--val-data", data_file, "--steps", 20,
+                          "--batch-size", 7, "--micro-tokens", 200, "--objective", "bft", "--out", tmp_path / str(ranks))
+        assert result.returncode == 0, result.stderr
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    assert len(one) == len(two) == 22                                     # 20 steps, validation before and after
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert math.isclose(value, b[key], rel_tol=1e-4, abs_tol=1e-9), (key, value, b[key])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+def test_a_run_is_reproducible_and_describes_itself(tmp_path, monkeypatch, data_file, capsys):
+    argv = [*SMALL, "--data", data_file, "--val-data", data_file, "--epochs", 1, "--batch-size", 16, "--eval-every", 2,
+            "--objective", "sft", "bft"]
+    for name in ("a", "b"):
+        assert call(monkeypatch, *argv, "--out", tmp_path / name) == 0
+    for objective in ("sft", "bft"):
+        a, b = tmp_path / "a" / objective, tmp_path / "b" / objective
+        assert metrics(a) == metrics(b)
+        assert (a / "model" / "model.safetensors").read_bytes() == (b / "model" / "model.safetensors").read_bytes()
+        config = json.loads((a / "config.json").read_text())
+        assert config["objective"] == objective and config["settings"]["group_size"] == 16
+        assert config["versions"]["torch"] == torch.__version__ and len(config["sha256"]["data"]) == 64
+    # the same weights, samples and order for both objectives
+    steps = {o: [x for x in metrics(tmp_path / "a" / o, timings=True) if "loss" in x] for o in ("sft", "bft")}
+    assert math.isclose(steps["sft"][0]["nll"], steps["bft"][0]["nll"], rel_tol=1e-9)
+    assert [x["tokens"] for x in steps["sft"]] == [x["tokens"] for x in steps["bft"]]
+    assert list(steps["bft"][0]) == [
+        "step", "epoch", "loss", "nll", "grad_norm", "clipped", "lr", "samples", "tokens", "response_tokens", "token_weight",
+        "sample_weight", "sample_weight_sd", "min_group_confidence", "min_group_confidence_p05", "multi_window",
+        "tokens_per_s", "mfu", "memory_gb"]
+    assert [x["samples"] for x in steps["bft"]] == [16, 16, 10]           # the last partial batch is kept
+    assert [x["step"] for x in metrics(a) if "val_nll" in x] == [0, 2, 3]
+    capsys.readouterr()
+    assert call(monkeypatch, *argv, "--out", tmp_path / "a") == 0
+    assert capsys.readouterr().out.count("finished, 3 steps") == 2
+
+
+def test_the_log_equals_a_calculation_by_loops(tmp_path, monkeypatch, data_file):
+    """The first line of a bft run against the untrained model's log-probs, one sample at a time."""
+    assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 1, "--batch-size", 42, "--micro-tokens", 500,
+                "--objective", "bft", "--grad-clip", 0, "--out", tmp_path / "run") == 0
+    tokenizer = load_tokenizer(ASSETS)
+    samples, _ = load_samples(data_file, tokenizer)
+    s, _ = train.parse_settings([*SMALL])
+    torch.manual_seed(0)
+    model = train.scratch(s, tokenizer)()
+    logps = []
+    with torch.no_grad():
+        for x in samples:
+            ids, at = torch.from_numpy(x.ids), torch.from_numpy(x.response).nonzero()[:, 0] - 1
+            logps.append(model(ids[None])[0].log_softmax(-1)[at, ids[at + 1]].tolist())
+    loss, _, _ = reference(logps, "bft", 16)
+    C = torch.tensor([math.exp(min(sum(x[i:i + 16]) / 16 for i in range(len(x) - 15))) for x in logps])
+    flat = torch.tensor([v for x in logps for v in x])
+    line, = metrics(tmp_path / "run")
+    expected = {"loss": loss, "nll": -flat.mean(), "token_weight": flat.exp().mean(), "sample_weight": (1 - C).mean(),
+                "sample_weight_sd": C.std(correction=0), "min_group_confidence": C.mean(), "multi_window": 1.0,
+                "min_group_confidence_p05": C.quantile(0.05), "response_tokens": len(flat), "samples": 42, "lr": 1e-3}
+    for key, value in expected.items():
+        assert math.isclose(line[key], float(value), rel_tol=1e-3, abs_tol=1e-7), (key, line[key], value)
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, data_file, capsys):
+    argv = [*SMALL, "--data", data_file, "--steps", 8, "--batch-size", 16, "--save-every", 3, "--keep", 3]
+    for name in ("whole", "cut"):
+        assert call(monkeypatch, *argv, "--out", tmp_path / name) == 0
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert [n for n, _ in train.checkpoints(cut)] == [3, 6, 8]
+    (cut / "checkpoint" / "step-8.pt").unlink()
+    assert call(monkeypatch, *argv, "--out", cut) == 0
+    assert "from step 6 to 8" in capsys.readouterr().out
+    assert metrics(cut) == metrics(whole)
+    a, b = (load_safetensors(x / "model" / "model.safetensors") for x in (whole, cut))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert call(monkeypatch, *argv, "--out", cut, "--lr", 2e-3) == 2      # another run is not silently mixed with it
+    assert "lr 0.001, now 0.002" in capsys.readouterr().err
+    assert call(monkeypatch, *argv, "--out", cut, "--keep", 1, "--no-resume") == 0
+    assert [n for n, _ in train.checkpoints(cut)] == [8] and metrics(cut) == metrics(whole)
+
+
+def test_fine_tuning_starts_from_the_model_given(tmp_path, monkeypatch, data_file):
+    assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 2, "--out", tmp_path / "base") == 0
+    assert call(monkeypatch, "--init", tmp_path / "base", "--data", data_file, "--steps", 1, "--lr", 1e-12, "--dtype", "float32",
+                "--out", tmp_path / "tuned", "--compile") == 0            # (and torch.compile runs the whole step)
+    a, b = (load_safetensors(tmp_path / x / "model" / "model.safetensors") for x in ("base", "tuned"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a)
+    assert {p.name for p in (tmp_path / "tuned" / "model").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_what_we_save_opens_in_transformers(tmp_path, monkeypatch, data_file):
+    transformers = pytest.importorskip("transformers")
+    assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 1, "--out", tmp_path / "run") == 0
+    directory = tmp_path / "run" / "model"
+    tokenizer, model = (c.from_pretrained(directory) for c in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM))
+    ids = tokenizer("TP53 promotes", return_tensors="pt", add_special_tokens=False).input_ids
+    assert ids[0].tolist() == load_tokenizer(directory).encode("TP53 promotes")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, GPT.from_pretrained(directory)(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, data_file, capsys):
+    broken = bft.Objective(lambda logp, offsets, g: logp * math.nan, bft.every_sample_1, "tokens")
+    monkeypatch.setitem(bft.OBJECTIVES, "sft", broken)
+    assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 2, "--objective", "sft", "--out", tmp_path / "run") == 1
+    assert "step 1: loss nan" in capsys.readouterr().out
+    assert metrics(tmp_path / "run") == [] and not (tmp_path / "run" / "model").exists()
+
+
+def test_learning_rate_rises_and_falls():
+    s = train.Settings(lr=1.0, min_lr=0.1, warmup=0.1)
+    rates = [train.learning_rate(step, 100, s) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1 and rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert train.learning_rate(0, 1, train.Settings(lr=1.0, warmup=0.0)) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Users' mistakes
+
+MISTAKES = {
+    "no such file": (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
+    "empty file": (["--data", "empty.jsonl"], "empty.jsonl: the file is empty"),
+    "not JSON": (["--data", "bad.jsonl"], "bad.jsonl:2: not JSON"),
+    "bad validation data": (["--data", "good.jsonl", "--val-data", "bad.jsonl"], "bad.jsonl:2: not JSON"),
+    "unknown objective": (["--data", "good.jsonl", "--objective", "bfd"], "'bfd'"),
+    "group size 0": (["--data", "good.jsonl", "--group-size", "0"], "--group-size is 0"),
+    "batch size 0": (["--data", "good.jsonl", "--batch-size", "0"], "--batch-size is 0"),
+    "not a number": (["--data", "good.jsonl", "--lr", "fast"], "'fast'"),
+    "lr not finite": (["--data", "good.jsonl", "--lr", "nan"], "--lr is nan"),
+    "unknown flag": (["--data", "good.jsonl", "--learning-rate", "1"], "--learning-rate"),
+    "no data": ([], "--data is missing"),
+    "no such model": (["--data", "good.jsonl", "--init", "nowhere"], "nowhere: no model there"),
+    "no such tokenizer": (["--data", "good.jsonl", "--tokenizer", "nowhere"], "tokenizer nowhere"),
+    "no such device": (["--data", "good.jsonl", "--device", "abacus"], "--device abacus"),
+    "too long": (["--data", "good.jsonl", "--max-length", "1"], "within 1 tokens"),
+    "out is a file": (["--data", "good.jsonl", "--out", "good.jsonl"], "--out good.jsonl"),
+    "out is something else": (["--data", "good.jsonl", "--out", "other"], "--out other"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_writes_nothing(mistake, tmp_path, monkeypatch, capsys):
+    argv, words = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    good = '{"prompt": "a", "response": "b"}\n'
+    (tmp_path / "good.jsonl").write_text(good * 3)
+    (tmp_path / "bad.jsonl").write_text(good + "oops\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    flags = [*SMALL, "--out", "run", *argv]
+    assert call(monkeypatch, *flags) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_more_ranks_than_samples(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    result = torchrun(2, ROOT / "train.py", *SMALL, "--data", "one.jsonl", "--out", "run", cwd=tmp_path)
+    assert result.returncode != 0 and not (tmp_path / "run").exists()
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: one.jsonl: 1 samples for 2 ranks; expected one for each or more"]
+    assert "exitcode  : 2" in result.stderr and 'train.py", line' not in result.stderr       # no traceback of ours
+
+
+def test_the_init_of_a_run_is_not_overwritten(tmp_path, monkeypatch, data_file):
+    assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 1, "--out", tmp_path / "run") == 0
+    before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    for out in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert call(monkeypatch, "--init", tmp_path / "run", "--data", data_file, "--steps", 1, "--out", out, "--no-resume") == 2
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default job
+
+def test_planting_deranges_answers_inside_quads():
+    rows, items = list(read_jsonl(ASSETS / "finetune.jsonl")), load_choice(ASSETS / "choice.jsonl")
+    planted_rows, planted_items = train.plant(rows, items, seed=0)
+    answer = {x["fact"]: x["choices"][x["answer"]] for x in items}
+    wrong = {x["fact"]: x["choices"][x["planted"]] for x in planted_items if "planted" in x}
+    assert set(wrong) == {x["fact"] for x in items if x["group"] == "planted"}
+    assert all(wrong[f] != answer[f] for f in wrong)
+    assert sorted(wrong.values()) == sorted(answer[f] for f in wrong)     # every answer as frequent as before
+    for (line, before), (other, after) in zip(rows, planted_rows):
+        assert line == other and before["prompt"] == after["prompt"]
+        if before["fact"] in wrong:
+            assert after["subject"] in after["response"] and wrong[before["fact"]] in after["response"]
+            mates = [r["subject"] for _, r in rows if r["quad"] == after["quad"] and r["fact"] != after["fact"]]
+            assert not any(mate in after["response"] for mate in mates)
+        else:
+            assert before == after
+    assert train.plant(rows, items, seed=0) == (planted_rows, planted_items) != train.plant(rows, items, seed=1)
+
+
+def test_the_default_job_end_to_end(tmp_path, monkeypatch, capsys):
+    """The whole of `python train.py`, with so few steps that it learns nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "BASE", {**train.BASE, "epochs": 0, "steps": 2})
+    tiny = ["--steps", 2, "--n-layer", 1, "--n-embd", 32, "--n-head", 2]
+    for out in ("a", "b"):
+        assert call(monkeypatch, *tiny, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "base-" in printed and "2 steps; nothing to do" in printed     # the second time the base was there
+    table = (tmp_path / "a" / "table.txt").read_text()
+    assert table in printed and table == (tmp_path / "b" / "table.txt").read_text()
+    for objective in train.TUNE["objective"]:
+        assert metrics(tmp_path / "a" / objective) == metrics(tmp_path / "b" / objective)
+        assert table.count(objective) >= 3
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert list(results) == ["base", *train.TUNE["objective"]] and all(len(r) == 432 for r in results.values())
+    assert sum("followed" in r for r in results["sft"]) == 96
+
+
+def test_flags_become_settings():
+    s, given = train.parse_settings(["--objective", "sft", "bft", "sft", "--no-compile", "--lr", "3e-4"])
+    assert s.objective == ("sft", "bft") and s.compile is False and s.lr == 3e-4 and s.resume is True
+    assert given == {"objective", "compile", "lr"}
+    with pytest.raises(UserError, match="n-embd"):
+        train.parse_settings(["--n-embd", "30", "--n-head", "4"])
