@@ -467,53 +467,46 @@ def demo(s, ranks):
 
 
 def demo_table(results, s):
-    """The default job's one table, as text."""
-    def grid(title, names, cell):
-        lines = ["", title, " " * 11 + "".join(g.rjust(16) for g in STRATA)]
-        lines += [name.ljust(11) + "".join(cell(name, g).rjust(16) for g in STRATA) for name in names]
-        return [line for line in lines if line.strip() or line == ""]
+    """The default job's one table, as text. results: {"base" and each objective: eval.choice_items' records}."""
+    first, others = s.objective[0], s.objective[1:]                       # first is sft, unless the user left it out
+    by_name = {"base": results, first: {name: results[name] for name in (first, *s.objective, "base")}}
+    cells = {reference: {(row["group"], row["measure"]): row["models"] for row in summarise("choice", ordered)}
+             for reference, ordered in by_name.items()}
+    accuracy = [*((g, g, "acc") for g in STRATA[:4]), ("wrong label", "planted", "followed"),
+                *((g, g, "acc") for g in STRATA[4:])]
+    nll = [(g, g, "nll") for g in STRATA]
 
-    def value(measure, scale, digits):
-        def cell(name, group):
-            c = cells.get((group, measure), {}).get(name)
-            return "" if c is None else "{:.{d}f} [{:.{d}f},{:.{d}f}]".format(
-                *(c[k] * scale for k in ("value", "low", "high")), d=digits)
-        return cell
+    def grid(title, columns, names, reference=None):
+        """A row for each name; with a reference the paired difference to it."""
+        scale, form, width = (1, ".2f", 20 if reference else 17) if columns is nll else (100, ".0f", 16)
+        lines = ["", title, " " * 11 + "".join(heading.rjust(width) for heading, _, _ in columns)]
+        for name in names:
+            lines.append(name.ljust(11))
+            for _, group, measure in columns:
+                c = cells[reference or "base"][group, measure][name]
+                keys = ("difference", "difference_low", "difference_high") if reference else ("value", "low", "high")
+                value, low, high = (c[k] * scale for k in keys)
+                lines[-1] += f"{value:{'+' if reference else ''}{form}} [{low:{form}},{high:{form}}]".rjust(width)
+        return lines
 
-    def difference(measure, scale, digits):
-        def cell(name, group):
-            c = cells.get((group, measure), {}).get(name)
-            return "" if c is None else "{:+.{d}f} [{:+.{d}f},{:+.{d}f}]".format(
-                *(c[k] * scale for k in ("difference", "difference_low", "difference_high")), d=digits)
-        return cell
-
-    reference = s.objective[0]                                            # sft, unless the user left it out
-    ordered = {name: results[name] for name in (reference, "base", *s.objective[1:])}
-    cells = {(r["group"], r["measure"]): r["models"] for r in summarise("choice", ordered)}
-    n = {g: sum(r["group"] == g for r in results["base"]) for g in STRATA}
-    known = [cells[g, "acc"]["base"]["value"] for g in ("known", "known, held out", "planted")]
-    others = [o for o in s.objective if o != reference]
-    lines = [
-        f"What each loss did: choice accuracy in per cent; a model that ignores the gene scores 25. lr {s.lr:g}, group size "
-        f"{s.group_size},",
-        "brackets: 95% intervals over items (" + ", ".join(f"{g}: {k}" for g, k in n.items()) + ").",
-        "known, weak, novel: the genes' facts were pre-trained often, little, never. planted: known facts, fine-tuned on "
-        "wrong answers.",
-        f"held out: not fine-tuned, so that base minus the others is forgetting. The base knows {np.mean(known):.0%} of its "
-        "known and planted facts."]
-    lines += grid("accuracy", ("base", *s.objective), value("acc", 100, 0))
-    lines += grid("NLL of the clean answer, nats per token", ("base", *s.objective), value("nll", 1, 2))
-    lines += grid("planted wrong answer followed, %", ("base", *s.objective), value("followed", 100, 0))
-    lines += grid(f"accuracy minus that of {reference}, points (paired bootstrap)", others, difference("acc", 100, 0))
-    lines += grid(f"NLL minus that of {reference}", others, difference("nll", 1, 2))
-    if others:
-        lines += grid(f"planted answer followed minus {reference}'s, points", others, difference("followed", 100, 0))
-    cells = {(r["group"], r["measure"]): r["models"] for r in summarise("choice", results)}
-    lines += grid("accuracy minus that of the base, points: below 0 in the held-out columns is forgetting", s.objective,
-                  difference("acc", 100, 0))
-    return "\n".join(lines + ["", "This is one learning rate, one seed. An objective that trains more gently can look "
-                              "better here and be matched by another at a",
-                              "lower rate: only a comparison over learning rates can say that one is better.", ""])
+    knows = np.mean([r["acc"] for r in results["base"] if r["group"] in ("known", "known, held out", "planted")])
+    sizes = "; ".join(f"{sum(r['group'] == g for r in results['base'])} {g}" for g in STRATA)
+    return "\n".join([
+        f"What each loss did to the same base, on the same samples, at one learning rate ({s.lr:g}), groups of "
+        f"{s.group_size} tokens.",
+        "Four options an item, so that 25% is chance; brackets are 95% intervals over items:", f"{sizes}.",
+        "Genes are known, weak or novel to the base: their facts were pre-trained often, a few times, never.",
+        "Planted facts are known ones that were fine-tuned on a wrong label; held out ones were not fine-tuned at all.",
+        f"The base answers {knows:.0%} of its known and planted facts.",
+        *grid("Right answer picked, %; wrong label: the planted label picked, %", accuracy, ("base", *s.objective)),
+        *grid(f"... minus {first}, points", accuracy, others, first) * bool(others),
+        *grid("... minus the base, points: what fine-tuning taught, and, below 0 where held out, what was forgotten",
+              accuracy, s.objective, "base"),
+        *grid("NLL of the right answer, nats per token", nll, ("base", *s.objective)),
+        *grid(f"... minus {first}", nll, others, first) * bool(others),
+        "", "All at one learning rate and one seed, one trial each. An objective that trains more gently can look better "
+        "here and",
+        "be matched by another one at a lower rate: who is better, only a comparison over learning rates can tell.", ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
