@@ -144,7 +144,7 @@ MEASURES = [
 def summarise(task, results):
     """Rows of the table: results {model: [item, ...]} of one task, over the same items for every model.
 
-    Each row: group, measure, heading, n, and for each model {value, low, high} and, but for the first,
+    Each row: group, measure, heading, n, and for each model {value, value_low, value_high} and, but for the first,
     {difference, difference_low, difference_high}: paired, to the first model.
     """
     first = next(iter(results))
@@ -161,7 +161,8 @@ def summarise(task, results):
                 weights = [r[weight] for r in items] if weight else None
                 drawn[name] = bootstrap(values, weights)
                 low, high = wilson(values) if percent else interval(drawn[name])
-                cell = {"value": float(np.sum(values) / np.sum(weights or len(values))), "low": low, "high": high}
+                cell = {"value": float(np.sum(values) / np.sum(weights or len(values))), "value_low": low,
+                        "value_high": high}
                 if name != first:
                     low, high = interval(drawn[name] - drawn[first])
                     cell |= {"difference": cell["value"] - row["models"][first]["value"], "difference_low": low,
@@ -179,14 +180,14 @@ def print_table(rows, title):
     head = max(len(r["heading"]) + len(r["group"] or "all") for r in rows) + 12
     print(f"\n{title}\n" + " " * head + "".join(n.rjust(width) for n in names))
     for row in rows:
-        scale, digits = (100, 1) if row["percent"] else (1, 3)
-        show = lambda *v: "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*(x * scale for x in v), d=digits)   # noqa: E731
-        cells = list(row["models"].values())
-        label = f"{row['group'] or 'all'} ({row['n']})  {row['heading']}"
-        print(label.ljust(head) + "".join(show(c["value"], c["low"], c["high"]).rjust(width) for c in cells))
-        if len(cells) > 1:
-            print("    minus the first".ljust(head + width) + "".join(
-                show(c["difference"], c["difference_low"], c["difference_high"]).rjust(width) for c in cells[1:]))
+        scale, form = (100, ".1f") if row["percent"] else (1, ".3f")
+        lines = [f"{row['group'] or 'all'} ({row['n']})  {row['heading']}".ljust(head), "    minus the first".ljust(head)]
+        for c in row["models"].values():
+            for i, key in enumerate(("value", "difference")):
+                value, low, high = (c.get(k, math.nan) * scale for k in (key, key + "_low", key + "_high"))
+                cell = f"{value:{form}} [{low:{form}}, {high:{form}}]" if key in c else ""
+                lines[i] += cell.rjust(width)
+        print("\n".join(lines[:min(2, len(names))]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

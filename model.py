@@ -201,7 +201,7 @@ class GPT(nn.Module):
                     "attention_bias": False, "mlp_bias": False}
         for key, value in expected.items():
             if c.get(key, value) != value:
-                raise ValueError(f"{directory / 'config.json'}: {key} {c.get(key)} is not supported; supported: {value}")
+                raise ValueError(f"{directory / 'config.json'}: {key} {c[key]} is not supported; supported: {value}")
         try:
             config = GPTConfig(
                 vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],

@@ -44,6 +44,7 @@ from data import (
 from eval import choice_items, load_model, model_directory, score, segment_sum, summarise
 from model import GPT, GPTConfig, autocast, compute_dtype, write_whole
 
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -449,8 +450,8 @@ def demo(s, ranks):
 
     ranks.print(f"1. A base model learns the facts of the known genes ({base}, kept for the next time).")
     base = train(b, "sft", base, scratch(b, tokenizer), texts, [], files, ranks)
-    ranks.print(f"\n2. Each objective starts from it, with the same samples, order and learning rate {s.lr:g}: one trial "
-                "each.")
+    ranks.print(f"\n2. Each objective starts from it, with the same samples, order and learning rate {s.lr:g}: one "
+                "trial each.")
     files = {"data": assets / "finetune.jsonl", "tokenizer": assets / "tokenizer.json"}
     models = {"base": base}
     for objective in s.objective:
@@ -463,7 +464,8 @@ def demo(s, ranks):
         table = demo_table(results, s)
         write_whole(Path(s.out) / "table.txt", [table.encode()])
         write_whole(Path(s.out) / "results.json", [json.dumps(results, indent=1).encode()])
-        ranks.print(f"\n{table}\nThe table and every item's scores are in {s.out}. {time.perf_counter() - began:.0f} s.")
+        ranks.print(f"\n{table}\nThe table and every item's scores are in {s.out}. "
+                    f"{time.perf_counter() - began:.0f} s.")
 
 
 def demo_table(results, s):
@@ -484,9 +486,10 @@ def demo_table(results, s):
             lines.append(name.ljust(11))
             for _, group, measure in columns:
                 c = cells[reference or "base"][group, measure][name]
-                keys = ("difference", "difference_low", "difference_high") if reference else ("value", "low", "high")
-                value, low, high = (c[k] * scale for k in keys)
-                lines[-1] += f"{value:{'+' if reference else ''}{form}} [{low:{form}},{high:{form}}]".rjust(width)
+                key = "difference" if reference else "value"
+                value, low, high = (c[k] * scale for k in (key, key + "_low", key + "_high"))
+                sign = "+" if reference else ""
+                lines[-1] += f"{value:{sign}{form}} [{low:{form}},{high:{form}}]".rjust(width)
         return lines
 
     knows = np.mean([r["acc"] for r in results["base"] if r["group"] in ("known", "known, held out", "planted")])
@@ -504,9 +507,8 @@ def demo_table(results, s):
               accuracy, s.objective, "base"),
         *grid("NLL of the right answer, nats per token", nll, ("base", *s.objective)),
         *grid(f"... minus {first}", nll, others, first) * bool(others),
-        "", "All at one learning rate and one seed, one trial each. An objective that trains more gently can look better "
-        "here and",
-        "be matched by another one at a lower rate: who is better, only a comparison over learning rates can tell.", ""])
+        "", "All at one learning rate and one seed, one trial each. An objective that trains more gently can look",
+        "better here and be matched by another at a lower rate: only a comparison over learning rates can tell.", ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

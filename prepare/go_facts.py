@@ -20,6 +20,7 @@ import re
 import sys
 from pathlib import Path
 
+
 # Evidence codes of experiments (geneontology.org, "Guide to GO evidence codes"), the most telling first, as the
 # explanations name them.
 EVIDENCE = {"IDA": "a direct assay", "IMP": "a mutant phenotype", "IGI": "a genetic interaction",
@@ -81,7 +82,7 @@ became facts; negated (`NOT`), obsolete and contradictory ones (promotes and res
 
 {counts}.
 
-| stratum (the base's acquaintance with the gene) | facts | short wordings in pre-training | explanations in fine-tuning |
+| stratum (the base's acquaintance with the gene) | facts | wordings in pre-training | explanations in fine-tuning |
 |---|---|---|---|
 {table}
 Exposures in pre-training are wordings times epochs; facts in all wordings are also explained there once, in a wording

@@ -11,6 +11,7 @@ import train
 from data import Sample
 from model import GPT, GPTConfig
 
+
 OBJECTIVES = ("sft", "bft", "bft-v3", "bft-tokavg")
 GROUP_SIZE = 5
 

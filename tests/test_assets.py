@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets"
 sys.path.insert(0, str(ROOT / "prepare"))

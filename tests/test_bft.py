@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import bft
+
 
 ROOT = Path(__file__).resolve().parents[1]
 # The table of README, by hand: token weight, sample weight, average.
@@ -86,10 +88,24 @@ def test_every_row_and_its_gradient_equals_the_loops(objective):
         torch.testing.assert_close(got, torch.tensor(weights), rtol=1e-5, atol=1e-7)
 
 
-def test_the_table_is_the_table_of_the_readme():
-    assert list(bft.OBJECTIVES) == list(TABLE) or set(bft.OBJECTIVES) == set(TABLE)
-    for name, (_, _, average) in TABLE.items():
-        assert bft.OBJECTIVES[name].average == average
+def test_readme_shows_this_table_and_these_functions():
+    readme = (ROOT / "README.md").read_text()
+    symbols = {"1": "1", "p": "sg($p_t$)", "p/c": r"sg(clip($p_t / (c_t + \epsilon)$, 0, 1))", "1-C": "sg($1 - C_b$)",
+               "1-min c": r"sg($1 - \min_t c_t$)"}
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| (.*?\|.*?\|.*?) \|", readme, re.M))
+    assert rows == {name: " | ".join([symbols[w], symbols[s], average]) for name, (w, s, average) in TABLE.items()}
+    assert list(rows) == list(bft.OBJECTIVES) and all(bft.OBJECTIVES[n].average == TABLE[n][2] for n in rows)
+    named = re.findall(r"^\| .* \| ((?:`\w+`(?:, )?)+).* \|$", readme.split("| equation |")[1].split("\n\n")[0], re.M)
+    functions = re.findall(r"`(\w+)`", " ".join(named))
+    assert len(functions) == 5 and all(hasattr(bft, f) for f in functions)
+
+
+def test_readmes_example_of_a_new_objective_prints_what_it_says(monkeypatch, capsys):
+    code, = (c for c in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "hard_tokens" in c)
+    monkeypatch.setattr(bft, "OBJECTIVES", dict(bft.OBJECTIVES))
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == re.search(r"# (tensor\([\d.]+\))", code)[1]
+    assert bft.objective_loss(torch.tensor([0.1]).log(), torch.tensor([0, 1]), "hard").item() > 2
 
 
 def test_confidences_by_hand():
@@ -170,15 +186,6 @@ def test_mistakes_are_value_errors_that_name_the_value():
             bft.objective_loss(logp, offsets, denominator=denominator)
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         bft.loss_from_logits(torch.zeros(2, 4, 5), torch.zeros(2, 3, dtype=torch.long))
-
-
-def test_a_new_row_is_a_function_and_a_line(monkeypatch):
-    def only_hard_tokens(logp, offsets, group_size):
-        return (logp < math.log(0.5)).double()
-    monkeypatch.setitem(bft.OBJECTIVES, "hard", bft.Objective(only_hard_tokens, bft.every_sample_1, "samples"))
-    logp = torch.tensor([0.9, 0.1, 0.4, 0.8]).log()
-    loss = bft.objective_loss(logp, torch.tensor([0, 2, 4]), "hard")
-    assert math.isclose(loss.item(), (-math.log(0.1) / 2 - math.log(0.4) / 2) / 2, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize("objective", bft.OBJECTIVES)

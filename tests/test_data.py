@@ -12,6 +12,7 @@ import torch
 
 import data
 
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

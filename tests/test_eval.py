@@ -14,6 +14,7 @@ import eval as evaluation
 from data import load_choice, load_samples, load_tokenizer
 from model import GPT, GPTConfig
 
+
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets"
 
@@ -130,6 +131,6 @@ def test_the_command_prints_one_table_and_saves_every_item(tmp_path, tokenizer):
     for model, cell in nll["models"].items():                             # per token, not per sample
         items = saved["tasks"][0]["items"][model]
         assert cell["value"] == pytest.approx(sum(i["nll"] for i in items) / sum(i["tokens"] for i in items))
-        assert math.isfinite(cell["low"]) and cell["low"] < cell["value"] < cell["high"]
+        assert math.isfinite(cell["value_low"]) and cell["value_low"] < cell["value"] < cell["value_high"]
     bad = subprocess.run(command, capture_output=True, text=True)         # two tasks, one file
     assert bad.returncode == 2 and bad.stderr.startswith("error: --data names 1 files for 2 tasks")

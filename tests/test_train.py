@@ -17,6 +17,7 @@ import train
 from data import UserError, load_choice, load_samples, load_tokenizer, read_jsonl, run
 from model import GPT, load_safetensors
 
+
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets"
 TIMINGS = {"tokens_per_s", "mfu", "memory_gb"}

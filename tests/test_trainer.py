@@ -8,6 +8,7 @@ import torch
 
 import bft
 
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
