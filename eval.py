@@ -181,7 +181,8 @@ def print_table(rows, title):
     print(f"\n{title}\n" + " " * head + "".join(n.rjust(width) for n in names))
     for row in rows:
         scale, form = (100, ".1f") if row["percent"] else (1, ".3f")
-        lines = [f"{row['group'] or 'all'} ({row['n']})  {row['heading']}".ljust(head), "    minus the first".ljust(head)]
+        label = f"{row['group'] or 'all'} ({row['n']})  {row['heading']}"
+        lines = [label.ljust(head), "    minus the first".ljust(head)]
         for c in row["models"].values():
             for i, key in enumerate(("value", "difference")):
                 value, low, high = (c.get(k, math.nan) * scale for k in (key, key + "_low", key + "_high"))
