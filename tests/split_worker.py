@@ -1,5 +1,5 @@
 """Run by test_train.py, alone or under torchrun: the gradient of one global batch in several layouts, by the loop's own
-`train.backward`; rank 0 saves {(objective, micro_tokens): (loss, gradient)}."""
+`train.backward`; rank 0 saves {"objective micro_tokens": (loss, gradient, statistics of each sample)}."""
 
 import sys
 
@@ -39,8 +39,9 @@ def main(out, *layouts):
         for micro_tokens in map(int, layouts):
             model.zero_grad()
             s = train.Settings(micro_tokens=micro_tokens, group_size=GROUP_SIZE)
-            loss, _ = train.backward(net, batch, objective, s, ranks, torch.float32)
-            results[f"{objective} {micro_tokens}"] = (loss, torch.cat([p.grad.flatten() for p in model.parameters()]))
+            loss, statistics = train.backward(net, batch, objective, s, ranks, torch.float32)
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+            results[f"{objective} {micro_tokens}"] = (loss, gradient, torch.from_numpy(statistics))
     if ranks.rank == 0:
         torch.save(results, out)
     ranks.barrier()

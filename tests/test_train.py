@@ -58,7 +58,8 @@ def data_file(tmp_path_factory):
 # Invariant 1
 
 def one_sample_at_a_time(objective):
-    """Loss and gradient of the worker's batch from plain logits, one sample at a time, and the loops of test_bft."""
+    """Loss, gradient and each sample's NLL of the worker's batch: plain logits of one sample at a time, and the loops of
+    test_bft."""
     model, batch = split_worker.setup()
     logps = []
     for s in batch:
@@ -67,7 +68,8 @@ def one_sample_at_a_time(objective):
         logps.append(model(ids[None])[0].log_softmax(-1)[at, ids[at + 1]])
     loss, gradient, _ = reference([x.tolist() for x in logps], objective, split_worker.GROUP_SIZE)
     torch.cat(logps).backward(torch.tensor(gradient))
-    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+    nll = torch.tensor([-x.double().sum() for x in logps], dtype=torch.float64)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()]), nll
 
 
 @pytest.mark.parametrize("ranks, layouts", [(1, (10_000, 90, 50, 1)), (2, (10_000, 60, 1)), (3, (10_000, 50, 1))])
@@ -78,11 +80,12 @@ def test_a_step_is_the_same_in_every_layout(ranks, layouts, tmp_path):
     results = torch.load(tmp_path / "out.pt", weights_only=True)
     assert len(results) == len(layouts) * len(split_worker.OBJECTIVES)
     for objective in split_worker.OBJECTIVES:
-        loss, gradient = one_sample_at_a_time(objective)
+        loss, gradient, nll = one_sample_at_a_time(objective)
         for layout in layouts:
-            other_loss, other = results[f"{objective} {layout}"]
+            other_loss, other, statistics = results[f"{objective} {layout}"]
             assert math.isclose(other_loss, loss, rel_tol=1e-5), (objective, layout)
             assert (other - gradient).norm() <= 1e-5 * gradient.norm(), (objective, layout)
+            torch.testing.assert_close(statistics[:, 0], nll, rtol=1e-5, atol=1e-5)   # in the batch's order
 
 
 def test_two_ranks_train_like_one(tmp_path, data_file):
