@@ -62,8 +62,8 @@ def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256
 
 def segment_sum(values, offsets):
     """The sum of each sample's values in the ragged layout: (S,) float64."""
-    total = torch.nn.functional.pad(values.double().cumsum(0), (1, 0))
-    return total[offsets.to(values.device)].diff()
+    sample = torch.repeat_interleave(offsets.diff()).to(values.device)   # (N,)
+    return values.new_zeros(len(offsets) - 1, dtype=torch.float64).index_add(0, sample, values.double())
 
 
 def nll_items(model, samples, dtype=torch.float32, group_size=256):
@@ -224,7 +224,8 @@ def main():
     parser.add_argument("--data", nargs="+", required=True, help="a file for each task, in the same order")
     parser.add_argument("--out", default="results.json", help="where the table and the per-item scores go")
     parser.add_argument("--chat-format", choices=CHAT_FORMATS, default="plain", help="of the nll task")
-    parser.add_argument("--max-length", type=int, help="cut samples of the nll task after so many tokens")
+    parser.add_argument("--max-length", type=int, help="cut samples of the nll task after so many tokens; without: "
+                        "where the model's positions end")
     parser.add_argument("--group-size", type=int, default=256, help="g of the minimum group confidence")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -240,7 +241,9 @@ def main():
         for path, (model, tokenizer) in loaded.items():
             model.to(args.device)
             if task == "nll":
-                samples, _ = load_samples(file, tokenizer, args.chat_format, args.max_length)
+                longest = args.max_length or model.config.max_positions
+                samples, counts = load_samples(file, tokenizer, args.chat_format, longest)
+                print(f"{path}: {counts['cut']} of {file} cut at {longest} tokens, {counts['dropped']} dropped")
                 results[path] = nll_items(model, samples, dtype, args.group_size)
             else:
                 results[path] = choice_items(model, tokenizer, load_choice(file), dtype)

@@ -171,20 +171,19 @@ class GPT(nn.Module):
         return linear_logprobs(x[at], self.head, targets)                 # (N,)
 
     def save_pretrained(self, directory):
-        """Writes config.json and model.safetensors, which transformers' AutoModelForCausalLM opens."""
+        """Writes model.safetensors and config.json, which transformers' AutoModelForCausalLM opens."""
         c, directory = self.config, Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        write_whole(directory / "config.json", [json.dumps({
+        save_safetensors({name if name.startswith("lm_head.") else "model." + name: p.detach()
+                          for name, p in self.named_parameters()}, directory / "model.safetensors")
+        write_whole(directory / "config.json", [json.dumps({              # last: without it the directory is unfinished
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "vocab_size": c.vocab_size, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
             "num_key_value_heads": c.n_kv_head, "hidden_size": c.n_embd, "intermediate_size": c.n_ff,
             "max_position_embeddings": c.max_positions, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
             "tie_word_embeddings": c.tie_embeddings, "attention_bias": False, "mlp_bias": False,
-            "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id, "torch_dtype": dtype}, indent=2).encode()])
-        names = {name: name if name.startswith("lm_head.") else "model." + name for name, _ in self.named_parameters()}
-        save_safetensors({names[name]: p.detach() for name, p in self.named_parameters()},
-                         directory / "model.safetensors")
+            "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id,
+            "torch_dtype": str(self.embed_tokens.weight.dtype).removeprefix("torch.")}, indent=2).encode()])
 
     @classmethod
     def from_pretrained(cls, directory):

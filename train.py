@@ -134,17 +134,20 @@ class Ranks:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            if local > torch.cuda.device_count():
+                raise UserError(f"{local} processes on this node, which has {torch.cuda.device_count()} CUDA devices; "
+                                "expected one for each (--nproc_per_node), or --device cpu")
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
             self.device = torch.device(device)
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as e:
+            torch.empty(1, dtype=torch.float64, device=self.device)       # the objectives compute in float64
+        except (RuntimeError, AssertionError, TypeError) as e:
             raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from None
 
     def start(self):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
@@ -569,6 +572,9 @@ def main():
     ranks.start()
     try:
         if demo_wanted(given):
+            if given & {"val_data", "tokenizer", "chat_format", "max_length"}:
+                raise UserError("--val-data, --tokenizer, --chat-format and --max-length go with --init and --data: "
+                                "the default job has its own")
             demo(s, ranks)
         else:
             finetune(s, ranks)

@@ -68,7 +68,7 @@ def one_sample_at_a_time(objective):
         logps.append(model(ids[None])[0].log_softmax(-1)[at, ids[at + 1]])
     loss, gradient, _ = reference([x.tolist() for x in logps], objective, split_worker.GROUP_SIZE)
     torch.cat(logps).backward(torch.tensor(gradient))
-    nll = torch.tensor([-x.double().sum() for x in logps], dtype=torch.float64)
+    nll = torch.stack([-x.detach().double().sum() for x in logps])
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()]), nll
 
 
@@ -229,6 +229,7 @@ MISTAKES = {
     "no data": ([], "--data is missing"),
     "no such model": (["--data", "good.jsonl", "--init", "nowhere"], "nowhere: no model there"),
     "no such tokenizer": (["--data", "good.jsonl", "--tokenizer", "nowhere"], "tokenizer nowhere"),
+    "flags of another job": (["--val-data", "good.jsonl"], "--val-data, --tokenizer"),
     "no such device": (["--data", "good.jsonl", "--device", "abacus"], "--device abacus"),
     "too long": (["--data", "good.jsonl", "--max-length", "1"], "within 1 tokens"),
     "out is a file": (["--data", "good.jsonl", "--out", "good.jsonl"], "--out good.jsonl"),
@@ -247,7 +248,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(mistake, tmp_path, monkeyp
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    flags = [*SMALL, "--out", "run", *argv]
+    flags = [*(SMALL if mistake != "flags of another job" else []), "--out", "run", *argv]
     assert call(monkeypatch, *flags) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and error.startswith("error: ")
