@@ -17,6 +17,8 @@ import itertools
 import json
 import os
 import sys
+import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,12 +37,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Calls main(); a user's mistake becomes one line on rank 0's stderr and exit code 2, without a traceback."""
+    """Calls main(); a user's mistake becomes one line on stderr and exit code 2, without a traceback.
+
+    Under torchrun every rank makes the same mistake and rank 0 should be the one to say so. The first to exit has the
+    others killed, so they leave it some time; who is then still alive had a mistake of its own.
+    """
     try:
         main()
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)
+        print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -95,6 +102,8 @@ def load_tokenizer(name_or_path):
         merged = [model["vocab"]["".join(m if isinstance(m, list) else m.split(" "))] for m in model["merges"]]
         if merged != sorted(merged):
             raise UserError(f"{path}: ids do not rise in the order of the merges, which is not supported")
+        if not all(bytes([b]) in ranks for b in range(256)):
+            raise UserError(f"{path}: some of the 256 bytes are no tokens, which is not supported")
         eos = path.with_name("tokenizer_config.json")
         eos = json.loads(eos.read_bytes()).get("eos_token") if eos.is_file() else None
         eos = special.get(eos["content"] if isinstance(eos, dict) else eos)
@@ -146,7 +155,7 @@ def read_jsonl(path):
                     raise UserError(f"{path}:{number}: a JSON {type(row).__name__}; expected an object")
                 found = True
                 yield number, row
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read after line {number}: {e}") from None
     if not found:
         raise UserError(f"{path}: the file is empty; expected one JSON object a line")
@@ -154,8 +163,8 @@ def read_jsonl(path):
 
 def as_messages(row, where):
     """A line's turns, (role, text) each; role None is {"text"}: bare text, all of it response. Raises UserError."""
-    def text(mapping, key, blank=False, default=None):
-        value = mapping.get(key, default)
+    def text(mapping, key, blank=False):
+        value = mapping.get(key)
         if not isinstance(value, str):
             raise UserError(f"{where}: {key!r} is {'missing' if value is None else type(value).__name__}; "
                             "expected a string")
@@ -176,7 +185,8 @@ def as_messages(row, where):
             raise UserError(f"{where}: no turn of the assistant in 'messages'; nothing to learn from")
         return [(t["role"], text(t, "content", blank=t["role"] != "assistant")) for t in turns]
     if "instruction" in row or "output" in row:
-        prompt, extra = text(row, "instruction", blank=True), text(row, "input", blank=True, default="")
+        prompt = text(row, "instruction", blank=True)
+        extra = "" if row.get("input") is None else text(row, "input", blank=True)
         return [("user", f"{prompt}\n{extra}" if extra.strip() else prompt), ("assistant", text(row, "output"))]
     if "text" in row:
         return [(None, text(row, "text"))]
@@ -232,7 +242,8 @@ def load_samples(path, tokenizer, chat_format="plain", max_length=None, rows=Non
 
 
 def load_choice(path):
-    """Multiple-choice items, {"question", "choices", "answer", "context"?}: a list of them. Raises UserError."""
+    """Multiple-choice items, {"question", "choices", "answer", "context"?}: a list of them, each with its "line".
+    Raises UserError."""
     items = []
     for line, row in read_jsonl(path):
         question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
@@ -244,7 +255,7 @@ def load_choice(path):
         if type(answer) is not int or not 0 <= answer < len(choices):
             raise UserError(f"{path}:{line}: 'answer' is {answer!r}; expected the index of the right choice, "
                             f"0 to {len(choices) - 1}")
-        items.append(row)
+        items.append({**row, "line": line})
     return items
 
 

@@ -15,6 +15,7 @@ items, with a paired bootstrap 95% interval.
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,8 @@ def choice_items(model, tokenizer, items, dtype=torch.float32):
         first += len(choices)
         picks = {"acc": loglik.argmax(), "acc_norm": (loglik / [len(c) for c in choices]).argmax(),
                  "acc_bytes": (loglik / [len(c.encode()) for c in choices]).argmax()}
-        record = {"group": item.get("group"), "loglik": loglik.tolist(), "nll": -loglik[answer] / tokens[answer]}
+        record = {"line": item["line"], "group": item.get("group"), "loglik": loglik.tolist(),
+                  "nll": -loglik[answer] / tokens[answer]}
         record |= {measure: int(pick == answer) for measure, pick in picks.items()}
         if "planted" in item:
             record["followed"] = int(picks["acc"] == item["planted"])
@@ -132,6 +134,7 @@ def wilson(hits, z=1.959964):
 # What a row of a table shows: task, measure, heading, weights, percent?
 MEASURES = [
     ("nll", "nll", "NLL per response token", "tokens", False),
+    ("nll", "perplexity", "perplexity", "tokens", False),                 # exp of the row above
     ("nll", "confidence", "minimum group confidence", None, False),
     ("choice", "acc", "acc %", None, True),
     ("choice", "acc_norm", "acc_norm %", None, True),
@@ -141,27 +144,31 @@ MEASURES = [
 ]
 
 
-def summarise(task, results):
-    """Rows of the table: results {model: [item, ...]} of one task, over the same items for every model.
+def summarise(task, results, measures=None):
+    """Rows of the table: results {model: [item, ...]} of one task, over the same items for every model. measures: those
+    wanted, None for all.
 
     Each row: group, measure, heading, n, and for each model {value, value_low, value_high} and, but for the first,
     {difference, difference_low, difference_high}: paired, to the first model.
     """
     first = next(iter(results))
-    groups = [None] + sorted({r["group"] for r in results[first]} - {None})
+    groups = {r["group"] for r in results[first]}
+    groups = [None, *sorted(groups - {None})] if len(groups) > 1 else [None]   # all; and each, if there are several
+    wanted = [m[1:] for m in MEASURES if m[0] == task and (measures is None or m[1] in measures)]
     rows = []
-    for group in groups if len(groups) != 2 else groups[:1]:              # one group is the same as all
-        for measure, heading, weight, percent in (m[1:] for m in MEASURES if m[0] == task):
+    for group in groups:
+        for measure, heading, weight, percent in wanted:
+            source, of = ("nll", np.exp) if measure == "perplexity" else (measure, np.asarray)
             row, drawn = {"group": group, "measure": measure, "heading": heading, "percent": percent, "models": {}}, {}
             for name, items in results.items():
-                items = [r for r in items if (group is None or r["group"] == group) and measure in r]
+                items = [r for r in items if (group is None or r["group"] == group) and source in r]
                 if not items:
                     break
-                values = [r[measure] for r in items]
+                values = [r[source] for r in items]
                 weights = [r[weight] for r in items] if weight else None
-                drawn[name] = bootstrap(values, weights)
+                drawn[name] = of(bootstrap(values, weights))
                 low, high = wilson(values) if percent else interval(drawn[name])
-                cell = {"value": float(np.sum(values) / np.sum(weights or len(values))), "value_low": low,
+                cell = {"value": float(of(np.sum(values) / np.sum(weights or len(values)))), "value_low": low,
                         "value_high": high}
                 if name != first:
                     low, high = interval(drawn[name] - drawn[first])
@@ -193,6 +200,24 @@ def print_table(rows, title):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+def find_device(name):
+    """The torch.device of --device. Raises UserError if it cannot be used here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":                                                    # one for each of torchrun's processes
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if local > torch.cuda.device_count():
+            raise UserError(f"{local} processes on this node, which has {torch.cuda.device_count()} CUDA devices; "
+                            "expected one for each (--nproc_per_node), or --device cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, dtype=torch.float64, device=device)                # the objectives compute in float64
+    except (RuntimeError, AssertionError, TypeError) as e:
+        raise UserError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}") from None
+    return device
+
+
 def model_directory(path):
     """The Hugging Face directory of a run (its model/) or of a model. Raises UserError."""
     path = Path(path)
@@ -223,23 +248,27 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=("nll", "choice"), required=True)
     parser.add_argument("--data", nargs="+", required=True, help="a file for each task, in the same order")
     parser.add_argument("--out", default="results.json", help="where the table and the per-item scores go")
+    parser.add_argument("--tokenizer", help="directory with tokenizer.json, or a tiktoken name; without: the model's")
     parser.add_argument("--chat-format", choices=CHAT_FORMATS, default="plain", help="of the nll task")
     parser.add_argument("--max-length", type=int, help="cut samples of the nll task after so many tokens; without: "
                         "where the model's positions end")
     parser.add_argument("--group-size", type=int, default=256, help="g of the minimum group confidence")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
     args = parser.parse_args()
     if len(args.data) != len(args.tasks):
         raise UserError(f"--data names {len(args.data)} files for {len(args.tasks)} tasks; expected one for each")
     if args.group_size < 1:
         raise UserError(f"--group-size is {args.group_size}; expected at least 1")
-    loaded = {path: load_model(path) for path in args.models}
-    dtype, output = compute_dtype(args.dtype, args.device), {"models": args.models, "tasks": []}
+    if not Path(args.out).resolve().parent.is_dir() or Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: expected a file in a directory that is there")
+    device = find_device(args.device)
+    loaded = {path: load_model(path, args.tokenizer) for path in args.models}
+    dtype, output = compute_dtype(args.dtype, device), {"models": args.models, "tasks": []}
     for task, file in zip(args.tasks, args.data):
         results = {}
         for path, (model, tokenizer) in loaded.items():
-            model.to(args.device)
+            model.to(device)
             if task == "nll":
                 longest = args.max_length or model.config.max_positions
                 samples, counts = load_samples(file, tokenizer, args.chat_format, longest)
@@ -247,6 +276,10 @@ def main():
                 results[path] = nll_items(model, samples, dtype, args.group_size)
             else:
                 results[path] = choice_items(model, tokenizer, load_choice(file), dtype)
+            model.to("cpu")
+            if [r["line"] for r in results[path]] != [r["line"] for r in results[args.models[0]]]:
+                raise UserError(f"{file}: {path} and {args.models[0]} keep different samples within their positions; "
+                                "expected a --max-length that both have, to compare them on the same ones")
         rows = summarise(task, results)
         print_table(rows, f"{task}: {file}")
         output["tasks"].append({"task": task, "data": file, "rows": rows, "items": results})

@@ -91,25 +91,21 @@ class Rows:
     """Packed tokens (T, ...) to one right-padded row for each sample (S, L, ...) and back.
 
     Padding stands to the right of every real token, so causal attention over rows never sees it, nor another sample:
-    no mask is needed. `offsets` None means that input was (S, L) to begin with, and both ways are reshapes.
+    no mask is needed.
     """
-    def __init__(self, S, L, offsets=None, tokens=None):
-        self.shape, self.index = (S, L), None
-        if offsets is not None:
-            t = torch.arange(tokens, device=offsets.device)
-            sample = torch.searchsorted(offsets, t, right=True) - 1       # (T,)
-            self.position = t - offsets[sample]                           # (T,) restarts at 0 in each sample
-            self.index = sample * L + self.position                       # (T,) place in the flattened rows
+    def __init__(self, offsets, longest, tokens):
+        t = torch.arange(tokens, device=offsets.device)
+        sample = torch.searchsorted(offsets, t, right=True) - 1           # (T,)
+        self.shape = len(offsets) - 1, longest                            # S, L
+        self.position = t - offsets[sample]                               # (T,) restarts at 0 in each sample
+        self.index = sample * longest + self.position                     # (T,) place in the flattened rows
 
     def pad(self, y):
-        if self.index is not None:
-            S, L = self.shape
-            y = y.new_zeros(S * L, *y.shape[1:]).index_copy(0, self.index, y)
-        return y.view(*self.shape, *y.shape[1:])
+        S, L = self.shape
+        return y.new_zeros(S * L, *y.shape[1:]).index_copy(0, self.index, y).view(S, L, *y.shape[1:])
 
     def unpad(self, y):
-        y = y.flatten(0, 1)
-        return y if self.index is None else y[self.index]
+        return y.flatten(0, 1)[self.index]
 
 
 def rotate(x, cos, sin):
@@ -153,11 +149,10 @@ class GPT(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight   # (V, d)
 
     def forward(self, input_ids, offsets=None, longest=None, at=None, targets=None):
-        if offsets is None:
-            rows = Rows(*input_ids.shape)
-            rows.position = torch.arange(input_ids.shape[1], device=input_ids.device).repeat(input_ids.shape[0])
-        else:
-            rows = Rows(len(offsets) - 1, longest, offsets, len(input_ids))
+        if offsets is None:                                               # each row of (B, T) is a sample
+            longest = input_ids.shape[1]
+            offsets = torch.arange(0, input_ids.numel() + 1, longest, device=input_ids.device)
+        rows = Rows(offsets, longest, input_ids.numel())
         D = self.config.n_embd // self.config.n_head
         frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=input_ids.device).float() / D)   # (D/2,)
         angle = (rows.position[:, None].float() * frequency)[:, None]     # (T, 1, D/2)
@@ -191,27 +186,29 @@ class GPT(nn.Module):
 
         Raises FileNotFoundError if a file is missing and ValueError if one is not what we support.
         """
-        directory = Path(directory)
+        path = Path(directory) / "config.json"
         try:
-            c = {"architectures": None} | json.loads((directory / "config.json").read_bytes())
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{directory / 'config.json'} is not JSON: {e}") from None
-        expected = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rope_scaling": None,
-                    "attention_bias": False, "mlp_bias": False}
-        for key, value in expected.items():
-            if c.get(key, value) != value:
-                raise ValueError(f"{directory / 'config.json'}: {key} {c[key]} is not supported; supported: {value}")
-        try:
-            config = GPTConfig(
-                vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
-                n_kv_head=c["num_key_value_heads"], n_embd=c["hidden_size"], n_ff=c["intermediate_size"],
-                max_positions=c["max_position_embeddings"], norm_eps=c["rms_norm_eps"], rope_theta=c["rope_theta"],
-                tie_embeddings=c["tie_word_embeddings"], eos_token_id=c.get("eos_token_id"))
+            c = {"architectures": None, **json.loads(path.read_bytes())}
+            expected = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rope_scaling": None,
+                        "attention_bias": False, "mlp_bias": False}
+            for key, value in expected.items():
+                if c.get(key, value) != value:
+                    raise ValueError(f"{key} {c[key]} is not supported; supported: {value}")
+            sizes = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+                     "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_ff": "intermediate_size",
+                     "max_positions": "max_position_embeddings"}
+            if bad := [key for key in sizes.values() if type(c.get(key)) is not int or c[key] < 1]:
+                raise ValueError(f"{bad[0]} is {c.get(bad[0])!r}; expected a number above 0")
+            config = GPTConfig(**{ours: c[theirs] for ours, theirs in sizes.items()}, norm_eps=c["rms_norm_eps"],
+                               rope_theta=c["rope_theta"], tie_embeddings=c["tie_word_embeddings"],
+                               eos_token_id=c.get("eos_token_id"))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path}: {e}") from None
         except KeyError as e:
-            raise ValueError(f"{directory / 'config.json'} has no {e}") from None
+            raise ValueError(f"{path} has no {e}") from None
         with torch.device("meta"):                                        # shapes only: the file brings the memory
             model = cls(config)
-        path = directory / "model.safetensors"
+        path = path.with_name("model.safetensors")
         tensors = {name.removeprefix("model."): t for name, t in load_safetensors(path).items()}
         shapes = {name: p.shape for name, p in model.named_parameters()}
         wrong = sorted(n for n in shapes.keys() | tensors.keys()

@@ -41,7 +41,7 @@ from data import (
     read_jsonl,
     run,
 )
-from eval import choice_items, load_model, model_directory, score, segment_sum, summarise
+from eval import choice_items, find_device, load_model, model_directory, score, segment_sum, summarise
 from model import GPT, GPTConfig, autocast, compute_dtype, write_whole
 
 
@@ -100,11 +100,15 @@ INCIDENTAL = {"out", "micro_tokens", "compile", "save_every", "eval_every", "log
 
 def parse_settings(argv, defaults=None):
     """argv -> (Settings, names of the flags that were given). defaults: other defaults than the dataclass's."""
-    parser = Parser(description="Fine-tunes a GPT with any objective of bft.py; without --init and --data it runs the "
-                    "default job on assets/.", argument_default=argparse.SUPPRESS)
+    parser = Parser(description="Fine-tunes a GPT with any objective of bft.py. Without --init and --data it runs the "
+                    "default job on assets/, with these defaults in place of those below: "
+                    + ", ".join(f"{k} {v if not isinstance(v, tuple) else ' '.join(v)}" for k, v in TUNE.items()),
+                    argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         options = dict(f.metadata)
-        options["help"] = f"{options['help']} (default: {f.default})"
+        if f.default not in ("", None):
+            default = f.default if not isinstance(f.default, tuple) else " ".join(f.default)
+            options["help"] += f" (default: {default})"
         if "action" not in options:
             options["type"] = type(f.default) if not isinstance(f.default, tuple) else str
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
@@ -119,6 +123,8 @@ def parse_settings(argv, defaults=None):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected 0 or more")
     if not s.steps and s.epochs < 1:
         raise UserError(f"--epochs is {s.epochs}; expected at least 1")
+    if s.seed >= 2 ** 32:
+        raise UserError(f"--seed is {s.seed}; expected less than 2**32")
     if not 0 < s.lr < math.inf or not 0 <= s.warmup <= 1:
         raise UserError(f"--lr is {s.lr} and --warmup {s.warmup}; expected a rate above 0 and a fraction of 0 to 1")
     if s.n_embd % s.n_head or s.n_embd // s.n_head % 2:
@@ -131,19 +137,7 @@ class Ranks:
 
     def __init__(self, device):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            if local > torch.cuda.device_count():
-                raise UserError(f"{local} processes on this node, which has {torch.cuda.device_count()} CUDA devices; "
-                                "expected one for each (--nproc_per_node), or --device cpu")
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            self.device = torch.device(device)
-            torch.empty(1, dtype=torch.float64, device=self.device)       # the objectives compute in float64
-        except (RuntimeError, AssertionError, TypeError) as e:
-            raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from None
+        self.device = find_device(device)
 
     def start(self):
         if self.device.type == "cuda":
@@ -165,10 +159,13 @@ class Ranks:
 
 def describe(s, objective, files, device):
     """What config.json holds: everything that made the run."""
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:                                                       # no git here
+        git = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"objective": objective, "settings": {**asdict(s), "objective": (objective,)},
-            "git_commit": git.stdout.strip() or None,
+            "git_commit": git or None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                          "tiktoken": tiktoken.__version__},
             "device": f"{device.type}: {name}", "world_size": int(os.environ.get("WORLD_SIZE", 1)),
@@ -182,7 +179,7 @@ def same_run(out, config, resume):
         old = json.loads((out / "config.json").read_bytes())
         a = {**old["settings"], **old["sha256"], "objective": old["objective"]}
     except (OSError, ValueError, KeyError, TypeError):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if any(p.exists() and not p.is_dir() for p in (out, *out.parents)) or (out.exists() and any(out.iterdir())):
             raise UserError(f"--out {out} is there and is no run directory; expected a new path, or a run") from None
         return
     b = {**json.loads(json.dumps(config["settings"])), **config["sha256"], "objective": config["objective"]}
@@ -275,16 +272,14 @@ def backward(net, batch, objective, s, ranks, dtype):
     return loss.item(), statistics.cpu().numpy()
 
 
-def train(s, objective, out, make_model, samples, val, files, ranks):
-    """Trains one objective into the run directory `out`; returns the directory of the model.
+def train(s, objective, out, config, make_model, samples, val, files, ranks):
+    """Trains one objective into the run directory `out`, which `same_run` has looked at; returns that of the model.
 
-    make_model() gives the starting model. samples, val: lists of data.Sample (val may be empty). files: {name: path}
-    whose hashes config.json records and whose tokenizer files go with the model.
+    config: what `describe` says of the run. make_model() gives the starting model. samples, val: lists of data.Sample
+    (val may be empty). files: {name: path}; the tokenizer's go with the model.
     """
-    out, device, dtype = Path(out), ranks.device, compute_dtype(s.dtype, ranks.device)
+    device, dtype = ranks.device, compute_dtype(s.dtype, ranks.device)
     total = s.steps or s.epochs * math.ceil(len(samples) / s.batch_size)
-    config = describe(s, objective, files, device)
-    same_run(out, config, s.resume)
     found = checkpoints(out) if s.resume else []
     if found and found[-1][0] == total and (out / "model" / "config.json").is_file():
         ranks.print(f"{out}: finished, {total} steps; nothing to do")
@@ -312,7 +307,7 @@ def train(s, objective, out, make_model, samples, val, files, ranks):
     if ranks.rank == 0:                                                   # the log goes on where the checkpoint is
         path = out / "metrics.jsonl"
         old = path.read_text().splitlines() if start and path.is_file() else []
-        kept = [line for line in old if json.loads(line)["step"] <= start]
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]   # whole lines
         write_whole(path, [(line + "\n").encode() for line in kept])
     net = torch.compile(model) if (device.type == "cuda" if s.compile is None else s.compile) else model
     if ranks.world > 1:
@@ -352,8 +347,9 @@ def train(s, objective, out, make_model, samples, val, files, ranks):
         nll, w, sample_weight, confidence = statistics.T                  # (B,) each
         if not math.isfinite(loss) or not math.isfinite(grad_norm):       # the same on every rank
             bad = [batch[i].line for i in range(len(batch)) if not math.isfinite(nll[i])] or [x.line for x in batch]
-            ranks.print(f"error: step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update. "
-                        f"Samples on lines {', '.join(map(str, bad))} of the data.")
+            if ranks.rank == 0:
+                print(f"error: step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, "
+                      f"with the samples on lines {', '.join(map(str, bad))} of {files['data']}", file=sys.stderr)
             raise SystemExit(1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -382,8 +378,9 @@ def train(s, objective, out, make_model, samples, val, files, ranks):
 
     if ranks.rank == 0:
         (out / "model").mkdir(exist_ok=True)
-        if files.get("tokenizer"):
-            for path in Path(files["tokenizer"]).parent.glob("tokenizer*.json"):
+        if files.get("tokenizer"):                                        # (tiktoken's own have no files to copy)
+            write_whole(out / "model" / "tokenizer.json", [files["tokenizer"].read_bytes()])
+            if (path := files["tokenizer"].with_name("tokenizer_config.json")).is_file():
                 write_whole(out / "model" / path.name, [path.read_bytes()])
         model.save_pretrained(out / "model")
     ranks.barrier()
@@ -402,6 +399,7 @@ def host_memory_gb():
 BASE = {"init": "scratch", "objective": ("sft",), "epochs": 7, "batch_size": 64, "lr": 3e-3, "weight_decay": 0.01,
         "log_every": 100}
 # Responses have about 45 tokens, so the paper's groups of 256 would all be whole samples: 16 gives each some thirty.
+# A model this small is faster in float32 than under bfloat16 autocast.
 TUNE = {"out": "runs/demo", "objective": ("sft", "sft-sample", "bft-token", "bft", "bft-v3"), "group_size": 16,
         "epochs": 8, "lr": 1e-3, "dtype": "float32", "log_every": 50}
 STRATA = ("known", "weak", "novel", "planted", "known, held out", "weak, held out")
@@ -445,20 +443,27 @@ def demo(s, ranks):
     files = {"data": assets / "pretrain.jsonl", "tokenizer": assets / "tokenizer.json"}
     shared = ("seed", "dtype", "device", "compile", "micro_tokens", "n_layer", "n_head", "n_embd")
     b = Settings(**BASE, **{name: getattr(s, name) for name in shared})
-    key = {k: v for k, v in describe(b, "sft", files, ranks.device).items() if k in ("settings", "sha256")}
-    base = Path("runs") / f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]}"
+    config = describe(b, "sft", files, ranks.device)
+    key = [{k: v for k, v in config["settings"].items() if k not in INCIDENTAL}, config["sha256"],
+           [(HERE / f"{module}.py").read_text() for module in ("bft", "model", "data", "train")]]
+    base = Path("runs") / f"base-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
+    tuned = {"data": assets / "finetune.jsonl", "choice": assets / "choice.jsonl", "tokenizer": files["tokenizer"]}
+    outs = {objective: Path(s.out) / objective for objective in s.objective}
+    configs = {objective: describe(s, objective, tuned, ranks.device) for objective in outs}
+    same_run(base, config, resume=True)
+    for objective, out in outs.items():                                   # before the base is trained for nothing
+        same_run(out, configs[objective], s.resume)
     texts, _ = load_samples(files["data"], tokenizer)
     rows, items = plant(list(read_jsonl(assets / "finetune.jsonl")), load_choice(assets / "choice.jsonl"), s.seed)
     samples, _ = load_samples(assets / "finetune.jsonl", tokenizer, rows=rows)
 
     ranks.print(f"1. A base model learns the facts of the known genes ({base}, kept for the next time).")
-    base = train(b, "sft", base, scratch(b, tokenizer), texts, [], files, ranks)
+    base = train(b, "sft", base, config, scratch(b, tokenizer), texts, [], files, ranks)
     ranks.print(f"\n2. Each objective starts from it, with the same samples, order and learning rate {s.lr:g}: one "
                 "trial each.")
-    files = {"data": assets / "finetune.jsonl", "tokenizer": assets / "tokenizer.json"}
     models = {"base": base}
-    for objective in s.objective:
-        models[objective] = train(s, objective, Path(s.out) / objective, pretrained(base), samples, [], files, ranks)
+    for objective, out in outs.items():
+        models[objective] = train(s, objective, out, configs[objective], pretrained(base), samples, [], tuned, ranks)
     results = {}
     for name, directory in models.items():
         model, _ = load_model(directory)
@@ -475,7 +480,8 @@ def demo_table(results, s):
     """The default job's one table, as text. results: {"base" and each objective: eval.choice_items' records}."""
     first, others = s.objective[0], s.objective[1:]                       # first is sft, unless the user left it out
     by_name = {"base": results, first: {name: results[name] for name in (first, *s.objective, "base")}}
-    cells = {reference: {(row["group"], row["measure"]): row["models"] for row in summarise("choice", ordered)}
+    cells = {reference: {(row["group"], row["measure"]): row["models"] for row in
+                         summarise("choice", ordered, ("acc", "followed", "nll"))}
              for reference, ordered in by_name.items()}
     accuracy = [*((g, g, "acc") for g in STRATA[:4]), ("wrong label", "planted", "followed"),
                 *((g, g, "acc") for g in STRATA[4:])]
@@ -559,9 +565,13 @@ def finetune(s, ranks):
     source = Path(source) / "tokenizer.json" if Path(source).is_dir() else Path(source)
     if source.is_file():
         files["tokenizer"] = source
-    for objective in s.objective:
-        out = Path(s.out) / objective if len(s.objective) > 1 else Path(s.out)
-        model = train(s, objective, out, make_model, sets["data"], sets.get("val_data", []), files, ranks)
+    outs = {o: Path(s.out) / o if len(s.objective) > 1 else Path(s.out) for o in s.objective}
+    configs = {objective: describe(s, objective, files, ranks.device) for objective in outs}
+    for objective, out in outs.items():                                   # all of them before the first is trained
+        same_run(out, configs[objective], s.resume)
+    for objective, out in outs.items():
+        model = train(s, objective, out, configs[objective], make_model, sets["data"], sets.get("val_data", []), files,
+                      ranks)
         ranks.print(f"{objective}: the model is in {model}")
 
 

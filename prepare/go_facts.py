@@ -29,17 +29,16 @@ EVIDENCE = {"IDA": "a direct assay", "IMP": "a mutant phenotype", "IGI": "a gene
 PLAIN_QUALIFIERS = {"", "involved_in", "enables", "located_in", "part_of", "is_active_in"}
 ASPECTS = {"P": "biological_process", "F": "molecular_function", "C": "cellular_component"}
 
-# kind: (aspect, prefix of the term's name, statement, question, noun phrase); {g} subject, {t} answer.
+# kind: (aspect, prefix of the term's name, verb, question, noun phrase); {g} subject. A statement is "{g} verb answer".
 KINDS = {
-    "promotes":  ("P", "positive regulation of ", "{g} promotes {t}", "which process does {g} promote",
+    "promotes":  ("P", "positive regulation of ", "promotes", "which process does {g} promote",
                   "a process that {g} promotes"),
-    "restrains": ("P", "negative regulation of ", "{g} restrains {t}", "which process does {g} restrain",
+    "restrains": ("P", "negative regulation of ", "restrains", "which process does {g} restrain",
                   "a process that {g} restrains"),
-    "process":   ("P", "", "{g} takes part in {t}", "which process does {g} take part in",
-                  "a process that {g} takes part in"),
-    "location":  ("C", "", "{g} is located in {t}", "where is {g} located", "a location of {g}"),
-    "function":  ("F", "", "{g} has the function {t}", "which function does {g} have", "a function of {g}"),
-    "set":       ("P", "", "{g} share the process {t}", "which process do {g} share", "a process that {g} share"),
+    "process":   ("P", "", "takes part in", "which process does {g} take part in", "a process that {g} takes part in"),
+    "location":  ("C", "", "is located in", "where is {g} located", "a location of {g}"),
+    "function":  ("F", "", "has the function", "which function does {g} have", "a function of {g}"),
+    "set":       ("P", "", "share the process", "which process do {g} share", "a process that {g} share"),
 }
 PRETRAIN = ["{S}.", "{S}, experiments show.", "Experiments show that {S}.", "It is known that {S}.", "{N} is {t}.",
             "Annotation: {S}.", "On record: {N} is {t}.", "{Q}?\nAnswer: {t}.", "Question: {Q}?\nAnswer: {t}.",
@@ -58,7 +57,8 @@ RESPONSES = [
     "Experiments show that {S}. The annotation rests on {e}. In the {aspect} branch of the Gene Ontology, {parent} is "
     "the broader term above {t}.",
 ]
-QUESTIONS = ["According to the annotation, {Q}?", "Give {N}, as annotated."]       # in no training text
+# In no training text, nor is any part of them that begins with the gene and ends with the answer.
+QUESTIONS = ["Complete the annotation: {g} {V} what?", "Which of four answers is right? {g} {V} ..."]
 
 # Fact-quads of each kind by stratum. A quarter to a half of the known and the weak is kept out of fine-tuning.
 STRATA = {"known": 4, "known, held out": 2, "weak": 2, "weak, held out": 2, "novel": 4, "planted": 4}
@@ -138,15 +138,18 @@ def read_obo(path):
 
 
 def read_gaf(path):
-    """(gene, term, evidence code, set of qualifiers) of the human proteins' annotations."""
+    """(gene, term, evidence code, qualifiers, fit) of every annotation; fit: may it become a fact, being of a human
+    protein, from a publication, by an experiment, and without a qualifier that changes its meaning?"""
     for number, line in enumerate(lines(path), 1):
         if line.startswith("!"):
             continue
         column = line.split("\t")
         if len(column) < 15:
             sys.exit(f"{path}:{number}: {len(column)} columns; an annotation (GAF 2.1 or 2.2) has at least 15")
-        if column[11] == "protein" and column[12] == "taxon:9606":
-            yield column[2], column[4], column[6], set(column[3].split("|"))
+        qualifiers = set(column[3].split("|"))
+        yield column[2], column[4], column[6], qualifiers, (
+            column[11] == "protein" and column[12] == "taxon:9606" and column[5].startswith("PMID:")
+            and column[6] in EVIDENCE and qualifiers <= PLAIN_QUALIFIERS)
 
 
 class Ontology:
@@ -156,14 +159,14 @@ class Ontology:
         self.closure = {}
         annotated, denied = collections.defaultdict(set), collections.defaultdict(set)
         self.evidence = {}                                                # (gene, term) -> best experimental code
-        for gene, term, code, qualifiers in read_gaf(gaf):
+        for gene, term, code, qualifiers, fit in read_gaf(gaf):
             if term not in self.terms:
                 continue
             if "NOT" in qualifiers:
                 denied[gene].add(term)
                 continue
             annotated[gene].add(term)
-            if code in EVIDENCE and qualifiers <= PLAIN_QUALIFIERS:
+            if fit:
                 self.evidence[gene, term] = min(code, self.evidence.get((gene, term), code), key=list(EVIDENCE).index)
         # What a gene is annotated with, whatever the evidence: its terms and all their ancestors.
         self.annotated = {g: set().union(*(self.ancestors(t) for t in ts)) for g, ts in annotated.items()}
@@ -205,6 +208,8 @@ class Ontology:
             t = self.terms[term]
             name = t["name"].removeprefix(prefix)
             named = self.by_name.get(name)                                # promotes X: X itself is a term
+            if kind == "location" and self.by_name.get("protein-containing complex") in self.ancestors(term):
+                continue                                                  # a protein is part of a complex, not in it
             if "skip" in t or not t["name"].startswith(prefix) or (not prefix and "regulation of" in name):
                 continue
             if named is None or self.terms[named]["namespace"] != ASPECTS[aspect] or not self.parent(named):
@@ -264,11 +269,11 @@ def build_facts(onto):
 
 
 def render(template, fact):
-    aspect, _, statement, question, noun = KINDS[fact["kind"]]
+    aspect, _, verb, question, noun = KINDS[fact["kind"]]
     evidence = " and ".join(EVIDENCE[code] for code in EVIDENCE if code in fact["evidence"])
     fill = {"g": fact["subject"], "t": fact["answer"], "parent": fact["parent"], "e": evidence,
             "aspect": ASPECTS[aspect].replace("_", " ")}
-    fill |= {"S": statement.format(**fill), "Q": question.format(**fill), "N": noun.format(**fill)}
+    fill |= {"V": verb, "S": f"{fact['subject']} {verb} {fact['answer']}", "Q": question.format(**fill), "N": noun.format(**fill)}
     text = template.format(**fill)
     return text if text.startswith(fact["subject"]) or text.startswith(fact["answer"]) else text[0].upper() + text[1:]
 

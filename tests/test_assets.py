@@ -64,7 +64,9 @@ def test_choice_items_are_balanced_and_worded_like_no_training_text(texts):
     for i in items:
         f = facts[i["fact"]]
         assert i["choices"][i["answer"]] == f["answer"] and i["group"] == f["stratum"]
-        assert len(set(i["choices"])) == 4 and not any(i["question"] in t for t in texts)
+        assert len(set(i["choices"])) == 4
+        prompt = i["question"][i["question"].index(f["subject"]):] + "\nAnswer:"
+        assert not any(prompt in t or i["question"] in t for t in texts)  # nor its part from the gene to the answer
         quads[i["quad"]].append(i)
     for quad in quads.values():                                           # each answer right once, in each place once
         assert sorted(i["answer"] for i in quad) == [0, 1, 2, 3]
@@ -100,6 +102,24 @@ namespace: biological_process
 is_a: GO:9
 is_obsolete: true
 [Term]
+id: GO:6
+name: protein-containing complex
+namespace: cellular_component
+[Term]
+id: GO:7
+name: eating complex
+namespace: cellular_component
+is_a: GO:6
+[Term]
+id: GO:8
+name: kitchen
+namespace: cellular_component
+is_a: GO:6x
+[Term]
+id: GO:6x
+name: part of the house
+namespace: cellular_component
+[Term]
 id: GO:9
 name: living
 namespace: biological_process
@@ -111,20 +131,24 @@ name: part of
 ANNOTATIONS = [("AAA", "", "GO:1", "IDA"), ("BBB", "involved_in", "GO:1", "IEA"), ("CCC", "NOT", "GO:1", "IDA"),
                ("CCC", "", "GO:1", "IMP"), ("DDD", "", "GO:3", "IMP"), ("EEE", "", "GO:3", "IMP"), ("EEE", "", "GO:4", "TAS"),
                ("FFF", "NOT|involved_in", "GO:9", "IDA"), ("FFF", "", "GO:1", "IDA"), ("GGG", "", "GO:5", "IDA"),
-               ("HHH", "acts_upstream_of", "GO:1", "IDA"), ("III", "", "GO:1", "IEP"), ("III", "", "GO:1", "IDA")]
+               ("HHH", "acts_upstream_of", "GO:1", "IDA"), ("III", "", "GO:1", "IEP"), ("III", "", "GO:1", "IDA"),
+               ("JJJ", "part_of", "GO:7", "IDA"), ("KKK", "located_in", "GO:8", "IDA")]
 
 
 def test_only_experimental_uncontradicted_facts_survive(tmp_path):
     (tmp_path / "go.obo").write_text(OBO)
     (tmp_path / "go.gaf").write_text("!gaf-version: 2.2\n" + "".join(
         f"UniProtKB\tP\t{gene}\t{q}\t{term}\tPMID:1\t{code}\t\tP\t\t\tprotein\ttaxon:9606\t20190101\tX\t\t\n"
-        for gene, q, term, code in ANNOTATIONS))
+        for gene, q, term, code in ANNOTATIONS)
+        + "UniProtKB\tP\tLLL\t\tGO:1\tGO_REF:1\tIDA\t\tP\t\t\tprotein\ttaxon:9606\t20190101\tX\t\t\n")
     onto = go_facts.Ontology(tmp_path / "go.obo", tmp_path / "go.gaf")
     assert onto.ancestors("GO:3") == {"GO:3", "GO:2", "GO:9"} and "GO:5" not in onto.terms
     # BBB no experiment, CCC and FFF negated (FFF above the term), GGG obsolete, HHH only upstream; EEE both directions
     assert onto.facts("process") == {"GO:1": ["AAA", "III"]}
     assert onto.facts("promotes") == {"GO:3": ["DDD"]} and onto.facts("restrains") == {}
-    assert onto.evidence["III", "GO:1"] == "IDA"
+    assert onto.evidence["III", "GO:1"] == "IDA" and ("LLL", "GO:1") not in onto.evidence
+    assert onto.annotated["LLL"] == {"GO:1", "GO:9"}                      # other annotations still say what is annotated
+    assert onto.facts("location") == {"GO:8": ["KKK"]}                    # not the complex
     # who promotes eating is not offered 'eating' nor either direction of it as a wrong answer
     assert onto.relatives("GO:3", "promotes") == {"GO:1", "GO:3", "GO:4"}
 
