@@ -145,6 +145,10 @@ class Ranks:
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
+    def stop(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
     def print(self, *words):
         if self.rank == 0:
             print(*words, flush=True)
@@ -589,8 +593,7 @@ def main():
         else:
             finetune(s, ranks)
     finally:
-        if ranks.world > 1:
-            dist.destroy_process_group()
+        ranks.stop()
 
 
 if __name__ == "__main__":

@@ -272,8 +272,8 @@ def render(template, fact):
     aspect, _, verb, question, noun = KINDS[fact["kind"]]
     evidence = " and ".join(EVIDENCE[code] for code in EVIDENCE if code in fact["evidence"])
     fill = {"g": fact["subject"], "t": fact["answer"], "parent": fact["parent"], "e": evidence,
-            "aspect": ASPECTS[aspect].replace("_", " ")}
-    fill |= {"V": verb, "S": f"{fact['subject']} {verb} {fact['answer']}", "Q": question.format(**fill), "N": noun.format(**fill)}
+            "aspect": ASPECTS[aspect].replace("_", " "), "V": verb, "S": f"{fact['subject']} {verb} {fact['answer']}"}
+    fill |= {"Q": question.format(**fill), "N": noun.format(**fill)}
     text = template.format(**fill)
     return text if text.startswith(fact["subject"]) or text.startswith(fact["answer"]) else text[0].upper() + text[1:]
 

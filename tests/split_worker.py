@@ -44,7 +44,7 @@ def main(out, *layouts):
             results[f"{objective} {micro_tokens}"] = (loss, gradient, torch.from_numpy(statistics))
     if ranks.rank == 0:
         torch.save(results, out)
-    ranks.barrier()
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def test_ids_equal_the_tokenizers_library(tokenizer):
 def test_unsupported_tokenizers_are_refused_by_name(tmp_path):
     spec = json.loads((ROOT / "assets" / "tokenizer.json").read_text())
     for change, word in (({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"), ({"normalizer": {"type": "NFC"}}, "normalizer"),
-                         ({"model": {**spec["model"], "type": "Unigram"}}, "Unigram"), ({"model": 3}, "tokenizer.json")):
+                         ({"model": {**spec["model"], "type": "Unigram"}}, "Unigram"), ({"model": 3}, "tokenizer.json"),
+                         ({"model": {**spec["model"], "vocab": {k: i for k, i in spec["model"]["vocab"].items() if k != "Ā"}}}, "256")):
         path = write(tmp_path / "tokenizer.json", {**spec, **change})
         with pytest.raises(data.UserError, match=word):
             data.load_tokenizer(path)
@@ -63,7 +64,7 @@ def test_every_shape_marks_its_response(tmp_path, tokenizer):
         {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A?"},
                       {"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"},
                       {"role": "assistant", "content": "D."}]},
-        {"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Add.", "output": "3"},
+        {"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Add.", "input": None, "output": "3"},
         {"text": "Just text."})
     samples, counts = data.load_samples(path, tokenizer)
     assert counts == {"samples": 5, "cut": 0, "dropped": 0}
@@ -124,8 +125,12 @@ def test_a_bad_line_is_named_with_file_and_number(case, tmp_path, tokenizer):
 
 def test_bad_files(tmp_path, tokenizer):
     (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 1000)[:-20])
-    for name, words in (("missing.jsonl", "no such file"), ("empty.jsonl", "empty"), ("cut.jsonl.gz", "cannot be read")):
+    whole = gzip.compress(b"".join(b'{"prompt": "%d", "response": "b"}\n' % i for i in range(1000)))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
+    (tmp_path / "damaged.jsonl.gz").write_bytes(whole[:200] + bytes(b ^ 0xFF for b in whole[200:230]) + whole[230:])
+    (tmp_path / "no.jsonl.gz").write_bytes(b"not gzip")
+    for name, words in (("missing.jsonl", "no such file"), ("empty.jsonl", "empty"), ("cut.jsonl.gz", "cannot be read"),
+                        ("damaged.jsonl.gz", "cannot be read"), ("no.jsonl.gz", "cannot be read")):
         with pytest.raises(data.UserError, match=words):
             data.load_samples(tmp_path / name, tokenizer)
 
@@ -134,7 +139,7 @@ def test_bad_files(tmp_path, tokenizer):
                                     {"context": 3}])
 def test_bad_choice_items(change, tmp_path):
     good = {"question": "q", "choices": ["a", "b"], "answer": 1}
-    assert data.load_choice(write(tmp_path / "good.jsonl", good)) == [good]
+    assert data.load_choice(write(tmp_path / "good.jsonl", good)) == [{**good, "line": 1}]
     with pytest.raises(data.UserError, match=rf"bad\.jsonl:2: .*'{next(iter(change))}"):
         data.load_choice(write(tmp_path / "bad.jsonl", good, {**good, **change}))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import load_choice, load_samples, load_tokenizer
+from data import load_choice, load_samples, load_tokenizer, run
 from model import GPT, GPTConfig
 
 
@@ -41,7 +41,7 @@ def log_likelihood(model, ids, start):
 
 def test_choice_equals_a_direct_calculation(tokenizer):
     model, items = tiny(tokenizer, 0), load_choice(ASSETS / "choice.jsonl")[::20]
-    items = [*items, {"question": "Which?", "choices": ["a", "bb ccc", "Größe", "d"], "answer": 2, "context": "Context.",
+    items = [*items, {"line": 0, "question": "Which?", "choices": ["a", "bb ccc", "Größe", "d"], "answer": 2, "context": "Context.",
                       "planted": 0}]
     records = evaluation.choice_items(model, tokenizer, items)
     for item, record in zip(items, records):
@@ -112,6 +112,12 @@ def test_summary_by_group_with_paired_differences():
     second = row["models"]["second"]
     assert [second[k] for k in ("difference", "difference_low", "difference_high")] == pytest.approx([0.25] * 3)
     assert cells[None, "acc"]["models"]["first"]["value"] == pytest.approx(2 / 3)
+    some = [{"group": g, "nll": n, "tokens": t, "confidence": 0.5} for g, n, t in (("x", 4.0, 2), (None, 5.0, 1))]
+    cells = {(r["group"], r["measure"]): r["models"]["m"] for r in evaluation.summarise("nll", {"m": some})}
+    assert {g for g, _ in cells} == {None, "x"}                           # the group is not the same as all
+    for key in ("value", "value_low", "value_high"):
+        assert cells[None, "perplexity"][key] == pytest.approx(math.exp(cells[None, "nll"][key]))
+    assert cells[None, "nll"]["value"] == 3.0
 
 
 def test_the_command_prints_one_table_and_saves_every_item(tmp_path, tokenizer):
@@ -132,5 +138,38 @@ def test_the_command_prints_one_table_and_saves_every_item(tmp_path, tokenizer):
         items = saved["tasks"][0]["items"][model]
         assert cell["value"] == pytest.approx(sum(i["nll"] for i in items) / sum(i["tokens"] for i in items))
         assert math.isfinite(cell["value_low"]) and cell["value_low"] < cell["value"] < cell["value_high"]
-    bad = subprocess.run(command, capture_output=True, text=True)         # two tasks, one file
-    assert bad.returncode == 2 and bad.stderr.startswith("error: --data names 1 files for 2 tasks")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--tasks", "nll", "choice"], "--data names 1 files for 2 tasks"), (["--tasks", "sing"], "'sing'"),
+    (["--tasks", "nll", "--device", "abacus"], "--device abacus"), (["--tasks", "nll", "--out", "nowhere/r.json"], "--out nowhere"),
+    (["--tasks", "nll", "--group-size", "0"], "--group-size is 0"), (["--tasks", "choice"], "'question'")])
+def test_mistakes_are_one_sentence(argv, words, tmp_path, monkeypatch, capsys, tokenizer):
+    tiny(tokenizer, 0).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((ASSETS / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "model", "--data", str(ASSETS / "finetune.jsonl"), *argv])
+    with pytest.raises(SystemExit) as exit:
+        run(evaluation.main)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and words in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_models_that_keep_different_samples_are_not_compared(tmp_path, monkeypatch, capsys, tokenizer):
+    for name, positions in (("a", 2048), ("b", 20)):                      # 20 tokens: some prompts alone are longer
+        model = tiny(tokenizer, 0)
+        model.config.max_positions = positions
+        model.save_pretrained(tmp_path / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name / file).write_bytes((ASSETS / file).read_bytes())
+    argv = ["eval.py", tmp_path / "a", tmp_path / "b", "--tasks", "nll", "--data", ASSETS / "finetune.jsonl",
+            "--out", tmp_path / "r.json"]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+    with pytest.raises(SystemExit):
+        run(evaluation.main)
+    assert "--max-length" in capsys.readouterr().err and not (tmp_path / "r.json").exists()
+    monkeypatch.setattr(sys, "argv", [*map(str, argv), "--max-length", "20"])
+    evaluation.main()
+    assert (tmp_path / "r.json").exists()

@@ -11,6 +11,7 @@ import pytest
 import split_worker
 import torch
 from test_bft import reference
+from test_data import BAD_LINES
 
 import bft
 import train
@@ -131,29 +132,42 @@ def test_a_run_is_reproducible_and_describes_itself(tmp_path, monkeypatch, data_
     assert capsys.readouterr().out.count("finished, 3 steps") == 2
 
 
-def test_the_log_equals_a_calculation_by_loops(tmp_path, monkeypatch, data_file):
-    """The first line of a bft run against the untrained model's log-probs, one sample at a time."""
+@pytest.mark.parametrize("clip", [0, 1e-5])
+def test_a_step_and_its_log_equal_a_calculation_by_loops(clip, tmp_path, monkeypatch, data_file):
+    """One step of a bft run, and its line in the log, against log-probs of one sample at a time, the loops of test_bft,
+    and AdamW by its formula: decay on matrices only."""
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 1, "--batch-size", 42, "--micro-tokens", 500,
-                "--objective", "bft", "--grad-clip", 0, "--out", tmp_path / "run") == 0
+                "--objective", "bft", "--grad-clip", clip, "--weight-decay", 0.1, "--out", tmp_path / "run") == 0
     tokenizer = load_tokenizer(ASSETS)
     samples, _ = load_samples(data_file, tokenizer)
     s, _ = train.parse_settings([*SMALL])
     torch.manual_seed(0)
     model = train.scratch(s, tokenizer)()
-    logps = []
-    with torch.no_grad():
-        for x in samples:
-            ids, at = torch.from_numpy(x.ids), torch.from_numpy(x.response).nonzero()[:, 0] - 1
-            logps.append(model(ids[None])[0].log_softmax(-1)[at, ids[at + 1]].tolist())
-    loss, _, _ = reference(logps, "bft", 16)
+    tensors = []
+    for x in samples:
+        ids, at = torch.from_numpy(x.ids), torch.from_numpy(x.response).nonzero()[:, 0] - 1
+        tensors.append(model(ids[None])[0].log_softmax(-1)[at, ids[at + 1]])
+    logps = [x.tolist() for x in tensors]
+    loss, gradient, _ = reference(logps, "bft", 16)
     C = torch.tensor([math.exp(min(sum(x[i:i + 16]) / 16 for i in range(len(x) - 15))) for x in logps])
     flat = torch.tensor([v for x in logps for v in x])
     line, = metrics(tmp_path / "run")
     expected = {"loss": loss, "nll": -flat.mean(), "token_weight": flat.exp().mean(), "sample_weight": (1 - C).mean(),
                 "sample_weight_sd": C.std(correction=0), "min_group_confidence": C.mean(), "multi_window": 1.0,
                 "min_group_confidence_p05": C.quantile(0.05), "response_tokens": len(flat), "samples": 42, "lr": 1e-3}
+    torch.cat(tensors).backward(torch.tensor(gradient))
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    expected |= {"grad_norm": norm, "clipped": bool(clip)}
     for key, value in expected.items():
         assert math.isclose(line[key], float(value), rel_tol=1e-3, abs_tol=1e-7), (key, line[key], value)
+    # Adam's first step: m and v are unbiased to g and g^2, so that it is lr g / (|g| + eps); g is near eps = 1e-8 here.
+    after = load_safetensors(tmp_path / "run" / "model" / "model.safetensors")
+    scale = clip / norm if clip else 1.0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            g = p.grad * scale
+            decayed = p * (1 - 1e-3 * 0.1) if p.dim() == 2 else p
+            torch.testing.assert_close(after["model." + name], decayed - 1e-3 * g / (g.abs() + 1e-8), rtol=1e-4, atol=3e-6)
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, data_file, capsys):
@@ -163,6 +177,8 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, data_file, cap
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert [n for n, _ in train.checkpoints(cut)] == [3, 6, 8]
     (cut / "checkpoint" / "step-8.pt").unlink()
+    with open(cut / "metrics.jsonl", "a") as f:
+        f.write('{"step": 9, "epo')                                       # a line that a crash cut short
     assert call(monkeypatch, *argv, "--out", cut) == 0
     assert "from step 6 to 8" in capsys.readouterr().out
     assert metrics(cut) == metrics(whole)
@@ -199,7 +215,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, data_file
     broken = bft.Objective(lambda logp, offsets, g: logp * math.nan, bft.every_sample_1, "tokens")
     monkeypatch.setitem(bft.OBJECTIVES, "sft", broken)
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 2, "--objective", "sft", "--out", tmp_path / "run") == 1
-    assert "step 1: loss nan" in capsys.readouterr().out
+    assert "error: step 1: loss nan" in capsys.readouterr().err
     assert metrics(tmp_path / "run") == [] and not (tmp_path / "run" / "model").exists()
 
 
@@ -216,6 +232,7 @@ def test_learning_rate_rises_and_falls():
 # Users' mistakes
 
 MISTAKES = {
+    **{case: (["--data", "case.jsonl"], words) for case, (_, words) in BAD_LINES.items()},
     "no such file": (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
     "empty file": (["--data", "empty.jsonl"], "empty.jsonl: the file is empty"),
     "not JSON": (["--data", "bad.jsonl"], "bad.jsonl:2: not JSON"),
@@ -233,7 +250,10 @@ MISTAKES = {
     "no such device": (["--data", "good.jsonl", "--device", "abacus"], "--device abacus"),
     "too long": (["--data", "good.jsonl", "--max-length", "1"], "within 1 tokens"),
     "out is a file": (["--data", "good.jsonl", "--out", "good.jsonl"], "--out good.jsonl"),
+    "out is in a file": (["--data", "good.jsonl", "--out", "good.jsonl", "--objective", "sft", "bft"], "--out good.jsonl"),
     "out is something else": (["--data", "good.jsonl", "--out", "other"], "--out other"),
+    "one of the outs is": (["--data", "good.jsonl", "--out", "outs", "--objective", "sft", "bft"], "--out outs/bft"),
+    "seed too large": (["--data", "good.jsonl", "--seed", "5000000000"], "--seed is 5000000000"),
 }
 
 
@@ -245,8 +265,12 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(mistake, tmp_path, monkeyp
     (tmp_path / "good.jsonl").write_text(good * 3)
     (tmp_path / "bad.jsonl").write_text(good + "oops\n")
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.txt").write_text("")
+    for other in ("other", "outs/bft"):
+        (tmp_path / other).mkdir(parents=True)
+        (tmp_path / other / "thesis.txt").write_text("")
+    if mistake in BAD_LINES:
+        line, _ = BAD_LINES[mistake]
+        (tmp_path / "case.jsonl").write_bytes(good.encode() + (line if isinstance(line, bytes) else line.encode()))
     before = sorted(p.name for p in tmp_path.rglob("*"))
     flags = [*(SMALL if mistake != "flags of another job" else []), "--out", "run", *argv]
     assert call(monkeypatch, *flags) == 2
