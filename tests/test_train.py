@@ -137,7 +137,7 @@ def test_a_step_and_its_log_equal_a_calculation_by_loops(clip, tmp_path, monkeyp
     """One step of a bft run, and its line in the log, against log-probs of one sample at a time, the loops of test_bft,
     and AdamW by its formula: decay on matrices only."""
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 1, "--batch-size", 42, "--micro-tokens", 500,
-                "--objective", "bft", "--grad-clip", clip, "--weight-decay", 0.1, "--out", tmp_path / "run") == 0
+                "--objective", "bft", "--grad-clip", clip, "--weight-decay", 10, "--out", tmp_path / "run") == 0
     tokenizer = load_tokenizer(ASSETS)
     samples, _ = load_samples(data_file, tokenizer)
     s, _ = train.parse_settings([*SMALL])
@@ -166,7 +166,7 @@ def test_a_step_and_its_log_equal_a_calculation_by_loops(clip, tmp_path, monkeyp
     with torch.no_grad():
         for name, p in model.named_parameters():
             g = p.grad * scale
-            decayed = p * (1 - 1e-3 * 0.1) if p.dim() == 2 else p
+            decayed = p * (1 - 1e-3 * 10) if p.dim() == 2 else p
             torch.testing.assert_close(after["model." + name], decayed - 1e-3 * g / (g.abs() + 1e-8), rtol=1e-4, atol=3e-6)
 
 
