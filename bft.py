@@ -39,7 +39,8 @@ def group_confidence(logp, offsets, group_size=256):
     """
     _check(logp, offsets, group_size)
     sample, first, last = _bounds(logp, offsets)                      # (N,) each
-    total = F.pad(logp.double().cumsum(0), (1, 0))                    # (N+1,) total[j] - total[i] sums tokens i..j-1
+    total = logp.double().clamp(min=-1e6).cumsum(0)                   # (an infinite one would spoil all that follow)
+    total = F.pad(total, (1, 0))                                      # (N+1,) total[j] - total[i] sums tokens i..j-1
     start = torch.arange(len(logp), device=logp.device)               # a window starts at every token ...
     end = torch.minimum(start + group_size, last)                     # ... and ends with its sample at the latest
     mean_logp = (total[end] - total[start]) / (end - start)           # (N,)

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +98,8 @@ INCIDENTAL = {"out", "micro_tokens", "compile", "save_every", "eval_every", "log
               "device"}
 
 
-def parse_settings(argv, defaults=None):
-    """argv -> (Settings, names of the flags that were given). defaults: other defaults than the dataclass's."""
+def parse_settings(argv):
+    """argv -> (Settings, whether it is the default job). Raises UserError."""
     parser = Parser(description="Fine-tunes a GPT with any objective of bft.py. Without --init and --data it runs the "
                     "default job on assets/, with these defaults in place of those below: "
                     + ", ".join(f"{k} {v if not isinstance(v, tuple) else ' '.join(v)}" for k, v in TUNE.items()),
@@ -113,7 +113,11 @@ def parse_settings(argv, defaults=None):
             options["type"] = type(f.default) if not isinstance(f.default, tuple) else str
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    s = Settings(**{**(defaults(given) if defaults else {}), **given})
+    default_job = not given.keys() & {"init", "data"}
+    if default_job and given.keys() & {"val_data", "tokenizer", "chat_format", "max_length"}:
+        raise UserError("--val-data, --tokenizer, --chat-format and --max-length go with --init and --data: the "
+                        "default job has its own")
+    s = Settings(**{**(TUNE if default_job else {}), **given})
     s.objective = tuple(dict.fromkeys(s.objective))
     for name in ("group_size", "batch_size", "micro_tokens", "n_layer", "n_head", "n_embd", "log_every", "keep"):
         if getattr(s, name) < 1:
@@ -129,7 +133,7 @@ def parse_settings(argv, defaults=None):
         raise UserError(f"--lr is {s.lr} and --warmup {s.warmup}; expected a rate above 0 and a fraction of 0 to 1")
     if s.n_embd % s.n_head or s.n_embd // s.n_head % 2:
         raise UserError(f"--n-embd is {s.n_embd} for --n-head {s.n_head}; expected an even number for each head")
-    return s, set(given)
+    return s, default_job
 
 
 class Ranks:
@@ -172,7 +176,8 @@ def describe(s, objective, files, device):
             "git_commit": git or None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                          "tiktoken": tiktoken.__version__},
-            "device": f"{device.type}: {name}", "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+            "device": f"{device.type}: {name}", "dtype": str(compute_dtype(s.dtype, device)),
+            "world_size": int(os.environ.get("WORLD_SIZE", 1)),
             "sha256": {k: hashlib.sha256(Path(p).read_bytes()).hexdigest() for k, p in files.items() if p}}
 
 
@@ -452,6 +457,7 @@ def demo(s, ranks):
            [(HERE / f"{module}.py").read_text() for module in ("bft", "model", "data", "train")]]
     base = Path("runs") / f"base-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
     tuned = {"data": assets / "finetune.jsonl", "choice": assets / "choice.jsonl", "tokenizer": files["tokenizer"]}
+    s = replace(s, init=str(base))                                        # on record: another base is another run
     outs = {objective: Path(s.out) / objective for objective in s.objective}
     configs = {objective: describe(s, objective, tuned, ranks.device) for objective in outs}
     same_run(base, config, resume=True)
@@ -580,18 +586,11 @@ def finetune(s, ranks):
 
 
 def main():
-    demo_wanted = lambda given: not {"init", "data"} & set(given)         # noqa: E731
-    s, given = parse_settings(sys.argv[1:], lambda given: TUNE if demo_wanted(given) else {})
+    s, default_job = parse_settings(sys.argv[1:])
     ranks = Ranks(s.device)
     ranks.start()
     try:
-        if demo_wanted(given):
-            if given & {"val_data", "tokenizer", "chat_format", "max_length"}:
-                raise UserError("--val-data, --tokenizer, --chat-format and --max-length go with --init and --data: "
-                                "the default job has its own")
-            demo(s, ranks)
-        else:
-            finetune(s, ranks)
+        (demo if default_job else finetune)(s, ranks)
     finally:
         ranks.stop()
 

@@ -126,7 +126,7 @@ def test_a_sample_does_not_see_its_neighbours():
     offsets = torch.tensor([0, 20, 27, 60])
     for objective in bft.OBJECTIVES:
         alone = bft.token_weights(b, torch.tensor([0, 7]), objective, 5)
-        for before, after in ((a, c), (torch.zeros(20), torch.full((33,), -50.0))):
+        for before, after in ((a, c), (torch.zeros(20), torch.full((33,), -50.0)), (torch.full((20,), -math.inf), c)):
             torch.testing.assert_close(bft.token_weights(torch.cat((before, b, after)), offsets, objective, 5)[20:27], alone)
 
 

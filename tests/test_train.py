@@ -338,8 +338,10 @@ def test_the_default_job_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_flags_become_settings():
-    s, given = train.parse_settings(["--objective", "sft", "bft", "sft", "--no-compile", "--lr", "3e-4"])
+    s, default_job = train.parse_settings(["--objective", "sft", "bft", "sft", "--no-compile", "--lr", "3e-4"])
     assert s.objective == ("sft", "bft") and s.compile is False and s.lr == 3e-4 and s.resume is True
-    assert given == {"objective", "compile", "lr"}
+    assert default_job and s.group_size == 16                             # the default job has defaults of its own
+    s, default_job = train.parse_settings(["--data", "x"])
+    assert not default_job and s.group_size == 256 and s.objective == ("bft",)
     with pytest.raises(UserError, match="n-embd"):
         train.parse_settings(["--n-embd", "30", "--n-head", "4"])
