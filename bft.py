@@ -16,6 +16,7 @@ A conversation is one sample: windows run across its turns. Arithmetic inside is
 This file needs only torch and can be copied into any other code base.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ def group_confidence(logp, offsets, group_size=256):
         C_b = min over windows of exp( (1/g) sum_{t in window} log p_t )
 
     over every *full* window of g = group_size consecutive response tokens, stride 1; a sample shorter than g has one
-    window, all its tokens. The geometric mean is that of the authors' released code; their text speaks of the mean.
+    window, all its tokens. The geometric mean is that of the authors' released code; its README speaks of the mean.
     Their exponent gamma (default 1) is left out. An empty sample gets 1, so that its weight 1 - C_b is 0.
 
     logp: (N,) log-probs of the response tokens. offsets: (S+1,) int64. Raises ValueError as `token_weights` does.
@@ -128,7 +129,8 @@ OBJECTIVES = {
 def token_weights(logp, offsets, objective="bft", group_size=256):
     """The weight s_b * w_t of each response token, before averaging: (N,), detached, float32 (float64 if logp is).
 
-    logp: (N,) log-probs of the response tokens, float32. offsets: (S+1,) int64; checked where they lie on the CPU.
+    logp: (N,) log-probs of the response tokens, float32. offsets: (S+1,) int64; their values are checked where they lie
+    on the CPU and nothing is being compiled.
     objective: a row of OBJECTIVES. group_size: g, in tokens.
     Raises ValueError for an unknown objective, group_size < 1, and offsets that do not start at 0, fall, or do not end
     at N.
@@ -139,23 +141,23 @@ def token_weights(logp, offsets, objective="bft", group_size=256):
 def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=None):
     """The loss of one call's share of the global batch: a scalar in the dtype of `token_weights`.
 
-    denominator: N (average "tokens") or B (average "samples") of the *global* batch, a number or a scalar tensor; None
+    denominator: N (average "tokens") or B (average "samples") of the *global* batch, a number or a 0-d tensor; None
     means that of this call. Losses of micro-batches that share one denominator add up to the loss of the whole batch.
     Samples without response tokens contribute nothing; a call with none at all is a zero that backward() accepts.
-    Other arguments and errors: as `token_weights`; also ValueError for a denominator that is not positive.
+    Other arguments and errors: as `token_weights`; also ValueError for a number as denominator that is not positive.
     """
     weights = _weights(logp, offsets, objective, group_size)          # (N,) s_b * w_t, float64, no gradient
-    if len(logp) == 0:
-        return logp.sum()
     offsets, by_samples = offsets.to(logp.device), OBJECTIVES[objective].average == "samples"
+    if denominator is not None and not isinstance(denominator, torch.Tensor) and not denominator > 0:
+        raise ValueError(f"denominator must be the global batch's number of "
+                         f"{'samples' if by_samples else 'response tokens'}, above 0; it is {denominator!r}")
+    if len(logp) == 0:
+        return logp.sum().to(_precision(logp))
     if by_samples:
         _, first, last = _bounds(logp, offsets)
         weights = weights / (last - first)                            # 1/n_b
     if denominator is None:
         denominator = (offsets.diff() > 0).sum() if by_samples else len(logp)
-    elif not isinstance(denominator, torch.Tensor) and not denominator > 0:
-        raise ValueError(f"denominator must be the global batch's number of "
-                         f"{'samples' if by_samples else 'response tokens'}, above 0; it is {denominator!r}")
     return -((weights * logp.double()).sum() / denominator).to(_precision(logp))
 
 
@@ -170,7 +172,7 @@ def loss_from_logits(logits, labels, objective="bft", group_size=256, denominato
                          f"and {tuple(labels.shape)}")
     labels = labels[:, 1:]                                            # logits at t predict the token at t + 1
     response = labels != -100                                         # (B, T-1)
-    logits = logits[:, :-1][response].float()                         # (N, V) row by row: the ragged order
+    logits = logits[:, :-1][response].to(_precision(logits))          # (N, V) row by row: the ragged order
     logp = -F.cross_entropy(logits, labels[response], reduction="none")  # (N,)
     offsets = F.pad(response.sum(1).cumsum(0), (1, 0))                # (B+1,)
     return objective_loss(logp, offsets, objective, group_size, denominator)
@@ -196,8 +198,8 @@ def _bounds(logp, offsets):
     return sample, offsets[sample], offsets[sample + 1]
 
 
-def _precision(logp):
-    return torch.promote_types(logp.dtype, torch.float32)             # weights are never rounded to half precision
+def _precision(x):
+    return torch.promote_types(x.dtype, torch.float32)                # nothing is rounded to half precision
 
 
 def _check(logp, offsets, group_size):
@@ -209,4 +211,6 @@ def _check(logp, offsets, group_size):
     if offsets.is_cuda or torch.compiler.is_compiling():              # looking at the values would synchronise
         return
     if offsets[0] != 0 or offsets[-1] != len(logp) or (offsets.diff() < 0).any():
-        raise ValueError(f"offsets must start at 0, never fall and end at N = {len(logp)}; they are {offsets.tolist()}")
+        fall = next((f", falling from {a} to {b}" for a, b in itertools.pairwise(offsets.tolist()) if b < a), "")
+        raise ValueError(f"offsets must start at 0, never fall and end at N = {len(logp)}; they go from {offsets[0]} "
+                         f"to {offsets[-1]}{fall}")

@@ -255,7 +255,7 @@ def load_choice(path):
         if type(answer) is not int or not 0 <= answer < len(choices):
             raise UserError(f"{path}:{line}: 'answer' is {answer!r}; expected the index of the right choice, "
                             f"0 to {len(choices) - 1}")
-        items.append({**row, "line": line})
+        items.append({**row, "line": line, "group": None if row.get("group") is None else str(row["group"])})
     return items
 
 
@@ -330,6 +330,8 @@ def main():
     parser.add_argument("--max-length", type=int, help="cut samples after so many tokens")
     parser.add_argument("-n", type=int, default=2, help="how many samples to show")
     args = parser.parse_args()
+    if args.n < 0 or (args.max_length is not None and args.max_length < 1):
+        raise UserError(f"-n is {args.n} and --max-length {args.max_length}; expected 0 or more, and 1 or more")
     tokenizer = load_tokenizer(args.tokenizer)
     samples, counts = load_samples(args.file, tokenizer, args.chat_format, args.max_length)
     for s in samples[:args.n]:

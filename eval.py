@@ -12,7 +12,6 @@ Models are columns; where lines carry a `group`, each group is a row. Difference
 items, with a paired bootstrap 95% interval.
 """
 
-import argparse
 import json
 import math
 import os
@@ -87,15 +86,18 @@ def choice_items(model, tokenizer, items, dtype=torch.float32):
         start = len(tokenizer.encode(prompt))
         for choice in item["choices"]:
             ids = np.array(tokenizer.encode(prompt + " " + choice), dtype=np.int64)
-            requests.append(Sample(ids, np.arange(len(ids)) >= start, None, 0))
+            requests.append(Sample(ids, np.arange(len(ids)) >= start, None, item["line"]))
+            if len(ids) > model.config.max_positions:
+                raise UserError(f"the choice item on line {item['line']} has {len(ids)} tokens; the model's positions "
+                                f"end at {model.config.max_positions}")
     scores, records, first = score(model, requests, dtype), [], 0
     for item in items:
         choices, answer = item["choices"], item["answer"]
         loglik, tokens, _ = scores[first:first + len(choices)].T
         first += len(choices)
         picks = {"acc": loglik.argmax(), "acc_norm": (loglik / [len(c) for c in choices]).argmax(),
-                 "acc_bytes": (loglik / [len(c.encode()) for c in choices]).argmax()}
-        record = {"line": item["line"], "group": item.get("group"), "loglik": loglik.tolist(),
+                 "acc_bytes": (loglik / [len(c.encode(errors="replace")) for c in choices]).argmax()}
+        record = {"line": item["line"], "group": item["group"], "loglik": loglik.tolist(),
                   "nll": -loglik[answer] / tokens[answer]}
         record |= {measure: int(pick == answer) for measure, pick in picks.items()}
         if "planted" in item:
@@ -183,19 +185,20 @@ def summarise(task, results, measures=None):
 def print_table(rows, title):
     """Values and intervals, models as columns; under each column but the first the paired difference to the first."""
     names = list(rows[0]["models"])
-    width = max(26, *(len(n) + 2 for n in names))
-    head = max(len(r["heading"]) + len(r["group"] or "all") for r in rows) + 12
-    print(f"\n{title}\n" + " " * head + "".join(n.rjust(width) for n in names))
+    table = [["", *names]]
     for row in rows:
         scale, form = (100, ".1f") if row["percent"] else (1, ".3f")
-        label = f"{row['group'] or 'all'} ({row['n']})  {row['heading']}"
-        lines = [label.ljust(head), "    minus the first".ljust(head)]
+        table.append([f"{row['group'] or 'all'} ({row['n']})  {row['heading']}"])
+        if len(names) > 1:
+            table.append(["    minus the first"])
         for c in row["models"].values():
-            for i, key in enumerate(("value", "difference")):
+            for line, key, sign in zip(table[-min(2, len(names)):], ("value", "difference"), ("", "+")):
                 value, low, high = (c.get(k, math.nan) * scale for k in (key, key + "_low", key + "_high"))
-                cell = f"{value:{form}} [{low:{form}}, {high:{form}}]" if key in c else ""
-                lines[i] += cell.rjust(width)
-        print("\n".join(lines[:min(2, len(names))]))
+                line.append(f"{value:{sign}{form}} [{low:{sign}{form}}, {high:{sign}{form}}]" if key in c else "")
+    widths = [max(map(len, column)) for column in zip(*table)]
+    print(f"\n{title}")
+    for label, *cells in table:
+        print(label.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths[1:])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,23 +246,28 @@ def load_model(path, tokenizer=None):
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", help="run or model directories")
-    parser.add_argument("--tasks", nargs="+", choices=("nll", "choice"), required=True)
+    parser.add_argument("--tasks", nargs="+", choices=("nll", "choice"), required=True, help="what to evaluate")
     parser.add_argument("--data", nargs="+", required=True, help="a file for each task, in the same order")
-    parser.add_argument("--out", default="results.json", help="where the table and the per-item scores go")
+    parser.add_argument("--out", default="results.json",
+                        help="where the table and the per-item scores go (default: results.json)")
     parser.add_argument("--tokenizer", help="directory with tokenizer.json, or a tiktoken name; without: the model's")
-    parser.add_argument("--chat-format", choices=CHAT_FORMATS, default="plain", help="of the nll task")
+    parser.add_argument("--chat-format", choices=CHAT_FORMATS, default="plain", help="of the nll task (default: plain)")
     parser.add_argument("--max-length", type=int, help="cut samples of the nll task after so many tokens; without: "
                         "where the model's positions end")
-    parser.add_argument("--group-size", type=int, default=256, help="g of the minimum group confidence")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
+    parser.add_argument("--group-size", type=int, default=256, help="g of the minimum group confidence (default: 256)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
+                        help="autocast; auto: bfloat16 where the device has it natively (default: float32)")
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
     args = parser.parse_args()
     if len(args.data) != len(args.tasks):
         raise UserError(f"--data names {len(args.data)} files for {len(args.tasks)} tasks; expected one for each")
-    if args.group_size < 1:
-        raise UserError(f"--group-size is {args.group_size}; expected at least 1")
+    if len(set(args.models)) < len(args.models):
+        raise UserError(f"a model is named twice: {' '.join(args.models)}")
+    for name in ("group_size", "max_length"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
     if not Path(args.out).resolve().parent.is_dir() or Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: expected a file in a directory that is there")
     device = find_device(args.device)

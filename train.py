@@ -188,7 +188,9 @@ def same_run(out, config, resume):
         old = json.loads((out / "config.json").read_bytes())
         a = {**old["settings"], **old["sha256"], "objective": old["objective"]}
     except (OSError, ValueError, KeyError, TypeError):
-        if any(p.exists() and not p.is_dir() for p in (out, *out.parents)) or (out.exists() and any(out.iterdir())):
+        if file := next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None):
+            raise UserError(f"--out {out}: {file} is a file; expected a new path, or a run") from None
+        if out.exists() and any(out.iterdir()):
             raise UserError(f"--out {out} is there and is no run directory; expected a new path, or a run") from None
         return
     b = {**json.loads(json.dumps(config["settings"])), **config["sha256"], "objective": config["objective"]}
@@ -527,7 +529,9 @@ def demo_table(results, s):
         *grid("NLL of the right answer, nats per token", nll, ("base", *s.objective)),
         *grid(f"... minus {first}", nll, others, first) * bool(others),
         "", "All at one learning rate and one seed, one trial each. An objective that trains more gently can look",
-        "better here and be matched by another at a lower rate: only a comparison over learning rates can tell.", ""])
+        "better here and be matched by another at a lower rate: only a comparison over learning rates can tell.",
+        "The intervals are over items alone, not over trainings, which differ too; where few or no items differ,",
+        "as in [0,0], they are too narrow; and of some forty that compare with one objective, two miss by chance.", ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,6 +580,8 @@ def finetune(s, ranks):
     if source.is_file():
         files["tokenizer"] = source
     outs = {o: Path(s.out) / o if len(s.objective) > 1 else Path(s.out) for o in s.objective}
+    if len(outs) > 1 and (Path(s.out) / "config.json").exists():
+        raise UserError(f"--out {s.out} holds a run of one objective; name another one for several")
     configs = {objective: describe(s, objective, files, ranks.device) for objective in outs}
     for objective, out in outs.items():                                   # all of them before the first is trained
         same_run(out, configs[objective], s.resume)

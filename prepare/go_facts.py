@@ -185,11 +185,8 @@ class Ontology:
         return next((n for n in names if len(n) <= 45 and "_" not in n), None)
 
     def relatives(self, term, kind):
-        """Terms that would make `term` true, or arguably true, of a gene annotated with one of them."""
-        prefix = KINDS[kind][1]
-        if not prefix:
-            return {term}
-        target = self.terms[term]["name"].removeprefix(prefix)  # both directions, neither, itself
+        """The terms of whoever is not offered `term` as a wrong answer: what it names, and regulators of that."""
+        target = self.terms[term]["name"].removeprefix(KINDS[kind][1])
         names = [p + target for p in ("positive regulation of ", "negative regulation of ", "regulation of ", "")]
         return {self.by_name[n] for n in names if n in self.by_name}
 

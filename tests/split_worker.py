@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import bft
 import train
 from data import Sample
 from model import GPT, GPTConfig
 
 
-OBJECTIVES = ("sft", "bft", "bft-v3", "bft-tokavg")
 GROUP_SIZE = 5
 
 
@@ -35,7 +35,7 @@ def main(out, *layouts):
     model, batch = setup()
     net = DistributedDataParallel(model) if ranks.world > 1 else model
     results = {}
-    for objective in OBJECTIVES:
+    for objective in bft.OBJECTIVES:
         for micro_tokens in map(int, layouts):
             model.zero_grad()
             s = train.Settings(micro_tokens=micro_tokens, group_size=GROUP_SIZE)

@@ -139,7 +139,7 @@ def test_bad_files(tmp_path, tokenizer):
                                     {"context": 3}])
 def test_bad_choice_items(change, tmp_path):
     good = {"question": "q", "choices": ["a", "b"], "answer": 1}
-    assert data.load_choice(write(tmp_path / "good.jsonl", good)) == [{**good, "line": 1}]
+    assert data.load_choice(write(tmp_path / "good.jsonl", good)) == [{**good, "line": 1, "group": None}]
     with pytest.raises(data.UserError, match=rf"bad\.jsonl:2: .*'{next(iter(change))}"):
         data.load_choice(write(tmp_path / "bad.jsonl", good, {**good, **change}))
 

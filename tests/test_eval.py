@@ -41,7 +41,7 @@ def log_likelihood(model, ids, start):
 
 def test_choice_equals_a_direct_calculation(tokenizer):
     model, items = tiny(tokenizer, 0), load_choice(ASSETS / "choice.jsonl")[::20]
-    items = [*items, {"line": 0, "question": "Which?", "choices": ["a", "bb ccc", "Größe", "d"], "answer": 2, "context": "Context.",
+    items = [*items, {"line": 0, "group": None, "question": "Which?", "choices": ["a", "bb ccc", "Größe", "d"], "answer": 2, "context": "Context.",
                       "planted": 0}]
     records = evaluation.choice_items(model, tokenizer, items)
     for item, record in zip(items, records):
@@ -143,18 +143,22 @@ def test_the_command_prints_one_table_and_saves_every_item(tmp_path, tokenizer):
 @pytest.mark.parametrize("argv, words", [
     (["--tasks", "nll", "choice"], "--data names 1 files for 2 tasks"), (["--tasks", "sing"], "'sing'"),
     (["--tasks", "nll", "--device", "abacus"], "--device abacus"), (["--tasks", "nll", "--out", "nowhere/r.json"], "--out nowhere"),
-    (["--tasks", "nll", "--group-size", "0"], "--group-size is 0"), (["--tasks", "choice"], "'question'")])
+    (["--tasks", "nll", "--group-size", "0"], "--group-size is 0"), (["--tasks", "choice"], "'question'"),
+    (["--tasks", "nll", "--max-length", "-5"], "--max-length is -5"), (["--tasks", "nll", "--", "model"], "named twice"),
+    (["--tasks", "choice", "--data", "long.jsonl"], "line 2 has ")])
 def test_mistakes_are_one_sentence(argv, words, tmp_path, monkeypatch, capsys, tokenizer):
     tiny(tokenizer, 0).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((ASSETS / name).read_bytes())
+    item = {"question": "q", "choices": ["a \ud800", "b"], "answer": 0, "group": 1}      # odd, but no mistake
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (item, {**item, "question": "q " * 2500})))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "model", "--data", str(ASSETS / "finetune.jsonl"), *argv])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--data", str(ASSETS / "finetune.jsonl"), *argv, "--", "model"])
     with pytest.raises(SystemExit) as exit:
         run(evaluation.main)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and words in error and error.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["long.jsonl", "model"]
 
 
 def test_models_that_keep_different_samples_are_not_compared(tmp_path, monkeypatch, capsys, tokenizer):

@@ -59,18 +59,18 @@ def data_file(tmp_path_factory):
 # Invariant 1
 
 def one_sample_at_a_time(objective):
-    """Loss, gradient and each sample's NLL of the worker's batch: plain logits of one sample at a time, and the loops of
-    test_bft."""
+    """Loss, gradient and each sample's NLL of the worker's batch, from plain logits of one sample at a time."""
     model, batch = split_worker.setup()
     logps = []
     for s in batch:
         ids = torch.from_numpy(s.ids)
         at = torch.from_numpy(s.response).nonzero()[:, 0] - 1
         logps.append(model(ids[None])[0].log_softmax(-1)[at, ids[at + 1]])
-    loss, gradient, _ = reference([x.tolist() for x in logps], objective, split_worker.GROUP_SIZE)
-    torch.cat(logps).backward(torch.tensor(gradient))
+    offsets = torch.tensor([0, *map(len, logps)]).cumsum(0)
+    loss = bft.objective_loss(torch.cat(logps), offsets, objective, split_worker.GROUP_SIZE)
+    loss.backward()
     nll = torch.stack([-x.detach().double().sum() for x in logps])
-    return loss, torch.cat([p.grad.flatten() for p in model.parameters()]), nll
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), nll
 
 
 @pytest.mark.parametrize("ranks, layouts", [(1, (10_000, 90, 50, 1)), (2, (10_000, 60, 1)), (3, (10_000, 50, 1))])
@@ -79,8 +79,8 @@ def test_a_step_is_the_same_in_every_layout(ranks, layouts, tmp_path):
     result = torchrun(ranks, ROOT / "tests" / "split_worker.py", tmp_path / "out.pt", *layouts)
     assert result.returncode == 0, result.stderr
     results = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert len(results) == len(layouts) * len(split_worker.OBJECTIVES)
-    for objective in split_worker.OBJECTIVES:
+    assert len(results) == len(layouts) * len(bft.OBJECTIVES)
+    for objective in bft.OBJECTIVES:
         loss, gradient, nll = one_sample_at_a_time(objective)
         for layout in layouts:
             other_loss, other, statistics = results[f"{objective} {layout}"]
@@ -186,6 +186,8 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, data_file, cap
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert call(monkeypatch, *argv, "--out", cut, "--lr", 2e-3) == 2      # another run is not silently mixed with it
     assert "lr 0.001, now 0.002" in capsys.readouterr().err
+    assert call(monkeypatch, *argv, "--out", cut, "--objective", "sft", "bft") == 2
+    assert "holds a run of one objective" in capsys.readouterr().err
     assert call(monkeypatch, *argv, "--out", cut, "--keep", 1, "--no-resume") == 0
     assert [n for n, _ in train.checkpoints(cut)] == [8] and metrics(cut) == metrics(whole)
 
