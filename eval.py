@@ -288,10 +288,10 @@ def main():
             if [r["line"] for r in results[path]] != [r["line"] for r in results[args.models[0]]]:
                 raise UserError(f"{file}: {path} and {args.models[0]} keep different samples within their positions; "
                                 "expected a --max-length that both have, to compare them on the same ones")
-        rows = summarise(task, results)
-        print_table(rows, f"{task}: {file}")
-        output["tasks"].append({"task": task, "data": file, "rows": rows, "items": results})
+        output["tasks"].append({"task": task, "data": file, "rows": summarise(task, results), "items": results})
     write_whole(args.out, [json.dumps(output, indent=1).encode()])
+    for t in output["tasks"]:
+        print_table(t["rows"], f"{t['task']}: {t['data']}")
     print(f"\nper-item scores: {args.out}")
 
 
