@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bft
 import train
-from data import Sample
+from data import Sample, run
 from model import GPT, GPTConfig
 
 
@@ -48,4 +48,4 @@ def main(out, *layouts):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))
