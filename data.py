@@ -15,6 +15,7 @@ import argparse
 import gzip
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -468,30 +469,42 @@ def deal(lengths, world, micro_tokens):
     return [micros + [[] for _ in range(count - len(micros))] for micros in plan]
 
 
+def bucket(tokens, micro_tokens):
+    """What a micro-batch is filled up to where its size is compiled in: a quarter, half, three quarters or all of
+    micro_tokens or, for one longer sample, micro_tokens times a power of two. So a run compiles only few sizes."""
+    quarter = -(-micro_tokens // 4)
+    if tokens <= micro_tokens:
+        return quarter * max(1, -(-tokens // quarter))
+    return micro_tokens * 2 ** math.ceil(math.log2(tokens / micro_tokens))
+
+
 class Batch(NamedTuple):
     """Packed samples, as `GPT.forward` takes them, and the ragged layout of their response tokens for `bft`."""
     input_ids: torch.Tensor          # (T,) the samples' tokens, one sample after the other
-    bounds: torch.Tensor             # (S+1,) where each sample begins and ends in them
-    longest: int                     # tokens in the longest sample
+    lengths: list                    # of the S samples in tokens, and of what fills up the rest, if any; adds up to T
     at: torch.Tensor                 # (N,) positions whose next token is a response token
     targets: torch.Tensor            # (N,) those tokens
     offsets: torch.Tensor            # (S+1,) where each sample begins and ends in the N; stays on the CPU
 
     def to(self, device):
-        return self._replace(**{k: getattr(self, k).to(device, non_blocking=True)
-                                for k in ("input_ids", "bounds", "at", "targets")})
+        """On the device; from pinned memory, so that a GPU need not be waited for."""
+        move = lambda t: (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)   # noqa: E731
+        return self._replace(**{k: move(getattr(self, k)) for k in ("input_ids", "at", "targets")})
 
 
-def collate(samples):
-    """Packs samples into a Batch. None at all become one token that is nobody's response: the forward pass then still
-    reaches every parameter, and DDP gets its zero gradients."""
-    ids = [s.ids for s in samples] or [np.zeros(1, dtype=np.int64)]
-    response = np.concatenate([s.response for s in samples] or [np.zeros(1, dtype=bool)])
-    bounds = np.cumsum([0] + [len(i) for i in ids])
-    offsets = np.cumsum([0] + [s.response.sum() for s in samples])
-    ids, at = np.concatenate(ids), np.flatnonzero(response) - 1           # never -1: a first token is no response
-    return Batch(torch.from_numpy(ids), torch.from_numpy(bounds), int(np.diff(bounds).max()), torch.from_numpy(at),
-                 torch.from_numpy(ids[at + 1]), torch.from_numpy(offsets.astype(np.int64)))
+def collate(samples, size=1):
+    """Packs samples into a Batch, filled up to `size` tokens with samples without response, none longer than the real
+    ones. So no samples at all become tokens that are nobody's response: the forward pass still reaches every parameter,
+    and DDP gets its zero gradients.
+    """
+    lengths = [len(s.ids) for s in samples]
+    fill, piece = max(0, size - sum(lengths)), max([16, *lengths])        # (positions may end soon after them)
+    ids = np.concatenate([s.ids for s in samples] + [np.zeros(fill, dtype=np.int64)])
+    response = np.concatenate([s.response for s in samples] + [np.zeros(fill, dtype=bool)])
+    offsets = np.cumsum([0] + [s.response.sum() for s in samples], dtype=np.int64)
+    at = np.flatnonzero(response) - 1                                     # never -1: a first token is no response
+    return Batch(torch.from_numpy(ids), lengths + [piece] * (fill // piece) + [fill % piece] * (fill % piece > 0),
+                 torch.from_numpy(at), torch.from_numpy(ids[at + 1]), torch.from_numpy(offsets))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from model import GPT, autocast, compute_dtype, find_directory, read_config, wei
 # Scores
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")                                 # its sizes are as they come
 def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256):
     """Log-likelihood of each sample's response tokens: (S, 3) float64: sum of log p, number of tokens, C_b.
 
@@ -45,7 +46,7 @@ def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256
     for micro in deal([len(s.ids) for s in samples], 1, micro_tokens)[0][rank::world]:
         batch = collate([samples[i] for i in micro]).to(device)
         with autocast(device, dtype):
-            logp = model(batch.input_ids, batch.bounds, batch.longest, batch.at, batch.targets)   # (N,)
+            logp = model(batch.input_ids, batch.lengths, batch.at, batch.targets)   # (N,)
         table[micro] = torch.stack((segment_sum(logp, batch.offsets), batch.offsets.diff().to(device).double(),
                                     bft.group_confidence(logp, batch.offsets, group_size)), 1)
     if world > 1:
@@ -55,7 +56,8 @@ def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256
 
 def segment_sum(values, offsets):
     """The sum of each sample's values in the ragged layout: (S,) float64."""
-    sample = torch.repeat_interleave(offsets.diff()).to(values.device)   # (N,)
+    tokens = torch.arange(len(values), device=values.device)
+    sample = torch.searchsorted(offsets.to(values.device), tokens, right=True) - 1   # (N,)
     return values.new_zeros(len(offsets) - 1, dtype=torch.float64).index_add(0, sample, values.double())
 
 

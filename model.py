@@ -8,6 +8,7 @@ The loop feeds it *packed* samples: the tokens of several samples one after the 
 offsets where each begins. Attention and positions restart at every sample.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -20,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 
 ARCHITECTURES = ("GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -145,11 +148,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, rows):
+    def forward(self, x, rope, packing):
         heads = lambda y: y.view(len(x), -1, self.head_dim)               # noqa: E731   (T, n, D)
         q = rotate(self.q_norm(heads(self.q_proj(x))), rope)
         k = rotate(self.k_norm(heads(self.k_proj(x))), rope)
-        y = rows.attend(self, q, k, heads(self.v_proj(x)))
+        y = packing.attend(self, q, k, heads(self.v_proj(x)))
         return self.o_proj(y.flatten(1))                                  # (T, d)
 
 
@@ -176,45 +179,44 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm(c.n_embd, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, rows):
-        x = x + self.self_attn(self.input_layernorm(x), rope, rows)
+    def forward(self, x, rope, packing):
+        x = x + self.self_attn(self.input_layernorm(x), rope, packing)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Rows:
-    """Packed tokens (T, ...) to one right-padded row for each sample (S, L, ...) and back.
+class Packing:
+    """Where packed samples lie in their tokens (T, ...), and attention within each of them."""
+    def __init__(self, lengths, device, cache=None):
+        self.lengths, self.cache = lengths, cache                         # S of them, which add up to T
+        self.offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)    # (S+1,)
+        self.offsets = self.offsets.to(device, non_blocking=True)
+        t = torch.arange(sum(lengths), dtype=torch.int32, device=device)
+        self.position = t - self.offsets[torch.searchsorted(self.offsets, t, right=True) - 1]   # (T,) from 0 in each
 
-    Padding stands to the right of every real token, so causal attention over rows never sees it, nor another sample:
-    no mask is needed.
-    """
-    def __init__(self, offsets, longest, tokens, cache=None):
-        t = torch.arange(tokens, device=offsets.device)
-        sample = torch.searchsorted(offsets, t, right=True) - 1           # (T,)
-        self.shape = len(offsets) - 1, longest                            # S, L
-        self.position = t - offsets[sample]                               # (T,) restarts at 0 in each sample
-        self.index = sample * longest + self.position                     # (T,) place in the flattened rows
-        self.cache = cache
-
-    def pad(self, y):
-        S, L = self.shape
-        return y.new_zeros(S * L, *y.shape[1:]).index_copy(0, self.index, y).view(S, L, *y.shape[1:])
-
+    @torch.compiler.disable                                               # so what is compiled sees T alone change
     def attend(self, layer, q, k, v):
-        """q (T, n, D), k and v (T, n_kv, D) -> (T, n, D)."""
-        q, k, v = (self.pad(y).transpose(1, 2) for y in (q, k, v))        # (S, n, L, D)
+        """q (T, n, D), k and v (T, n_kv, D) -> (T, n, D), causal."""
         if self.cache is not None:
-            self.cache.keep(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return y.transpose(1, 2).flatten(0, 1)[self.index]
+            self.cache.keep(layer, *(y.split(self.lengths) for y in (k, v)))
+        n, D = q.shape[1:]
+        if q.is_cuda and q.dtype != torch.float32 and D % 8 == 0:         # one FlashAttention kernel for all samples
+            k, v = (y.repeat_interleave(n // y.shape[1], 1) for y in (k, v))
+            longest = max(self.lengths)
+            return varlen_attn(q, k, v, self.offsets, self.offsets, longest, longest, window_size=(-1, 0))
+        # One by one. On a CPU nothing is faster (bench/RESULTS.md): padding and masks cost what is computed in vain.
+        samples = zip(*(y.transpose(0, 1)[None].split(self.lengths, 2) for y in (q, k, v)))   # (1, n, L, D) each
+        y = [F.scaled_dot_product_attention(*sample, is_causal=True, enable_gqa=n != k.shape[1]) for sample in samples]
+        return torch.cat(y, 2)[0].transpose(0, 1)
 
 
 class Cache:
-    """Keys and values of every token so far, for generation; stands in for Rows when each sample has one new token."""
+    """Keys and values of every token so far, for generation; stands in for Packing where each sample has one token."""
     def __init__(self, room):
         self.room, self.kept, self.position = room, {}, None              # position (S,): that of each new token
 
-    def keep(self, layer, k, v):                                          # (S, n_kv, L, D); padding is overwritten
-        self.kept[layer] = [F.pad(y, (0, 0, 0, self.room - y.shape[2])) for y in (k, v)]
+    def keep(self, layer, *samples):                                      # lists of k and of v: (L, n_kv, D) each
+        self.kept[layer] = [torch.stack([F.pad(y, (0, 0, 0, 0, 0, self.room - len(y))) for y in kv]).transpose(1, 2)
+                            for kv in samples]
 
     def attend(self, layer, q, k, v):
         """q (S, n, D), k and v (S, n_kv, D) of the new tokens -> (S, n, D)."""
@@ -247,23 +249,105 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
+# Bytes of logits that are held at a time. On a CPU the products run at full speed from some 256 rows on, and each chunk
+# adds a (V, d) product to the weight's gradient, which favours more; on a GPU both want thousands.
+CHUNK_BYTES = {"cpu": 2 ** 27, "cuda": 2 ** 29}
+
+
 def linear_logprobs(hidden, weight, targets):
-    """log-prob of each target under the head: (N,) float32.
+    """log-prob of each target under the head: (N,) float32, or float64 if hidden is.
 
     hidden: (N, d). weight: (V, d). targets: (N,) int64. Only positions that predict a response token come here, so
-    prompts and padding cost no logits; the log-softmax is float32 whatever the autocast dtype. (A weighting that
-    needs more of the distribution than p_t, entropy say, or a reference model's log-probs, would start here.)
+    prompts and padding cost no logits. (A weighting that needs more of the distribution than p_t, entropy say, or a
+    reference model's log-probs, would start here.)
+
+    With z = W h the log-prob of target y is z_y - lse(z), and its gradient with respect to z is onehot(y) - softmax(z).
+    So all that backward needs of N x V logits are the N log-sum-exps: it computes the logits of a chunk of rows again,
+    turns them into softmax(z) - onehot(y) in place, and multiplies that by W (gradient of h) and by h (of W). Neither
+    pass ever holds more than one chunk. The price is a fourth matrix product beside three. Products are in autocast's
+    dtype; the log-sum-exp, the log-probs and the sum of the weight's gradient over chunks are float32.
     """
-    return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+    return LinearLogprobs.apply(hidden, weight, targets)
+
+
+class LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        logsumexp = compiled(row_logsumexp) if hidden.is_cuda else row_logsumexp
+        logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        lse = torch.empty_like(logp)
+        for rows, z in chunk_logits(hidden.to(ctx.dtype), weight.to(ctx.dtype)):
+            for part, its_lse in blocks(z, lse[rows]):
+                its_lse.copy_(logsumexp(part))
+            logp[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
+        ctx.save_for_backward(hidden, weight, targets, logp, lse)
+        return logp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):                                              # (N,) d loss / d logp
+        hidden, weight, targets, logp, lse = ctx.saved_tensors
+        softmax_ = compiled(row_softmax_) if hidden.is_cuda else row_softmax_
+        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        scaled = (grad[:, None] * hidden).to(ctx.dtype)                   # (N, d)
+        grad_h, grad_weight = torch.empty_like(h), None
+        if ctx.needs_input_grad[1]:
+            grad_weight, product = torch.zeros_like(weight, dtype=logp.dtype), torch.empty_like(w)
+        for rows, z in chunk_logits(h, w):
+            for part, its_lse in blocks(z, lse[rows]):
+                softmax_(part, its_lse)
+            z[torch.arange(len(z), device=z.device), targets[rows]] = logp[rows].expm1().to(z.dtype)   # p_y - 1
+            torch.mm(z, w, out=grad_h[rows])
+            if grad_weight is not None:
+                torch.mm(z.t(), scaled[rows], out=product)
+                for total, part in blocks(grad_weight, product):
+                    total.sub_(part)
+        return grad_h * -grad[:, None], grad_weight, None
+
+
+def chunk_logits(h, w):
+    """Yields (rows, their logits) for equal chunks of the rows of h, CHUNK_BYTES at most, all in the same place."""
+    limit = max(64, CHUNK_BYTES[h.device.type] // (len(w) * w.itemsize))
+    chunk = -(-len(h) // max(1, -(-len(h) // limit)))
+    place = h.new_empty(chunk, len(w))
+    for start in range(0, len(h), max(1, chunk)):
+        rows = slice(start, min(start + chunk, len(h)))
+        yield rows, torch.mm(h[rows], w.t(), out=place[:rows.stop - start])
+
+
+def blocks(wide, other):
+    """Pairs of blocks of rows. On a CPU few rows, so that float32 temporaries stay in its cache; on a GPU, where they
+    are fused away, all."""
+    rows = len(wide) if wide.is_cuda else max(1, 2 ** 20 // wide.shape[1])
+    return zip(wide.split(rows), other.split(rows))
+
+
+def row_logsumexp(z):                                                     # (n, V) -> (n,)
+    return z.to(torch.promote_types(z.dtype, torch.float32)).logsumexp(-1)
+
+
+def row_softmax_(z, lse):                                                 # (n, V), (n,); in place
+    z.copy_((z - lse[:, None]).exp_())
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function)
 
 
 class GPT(nn.Module):
     """model(input_ids (B, T)) -> logits (B, T, V).
 
-    model(input_ids (T,), offsets, longest, at, targets) -> log-probs (N,) float32 of the response tokens of packed
-    samples: offsets (S+1,) int64 are the samples' bounds in input_ids, longest the length of the longest one, at (N,)
-    the positions whose next token is a response token, targets (N,) those tokens. `data.collate` makes all of them.
+    model(input_ids (T,), lengths, at, targets) -> log-probs (N,) float32 of the response tokens of packed samples:
+    lengths is a list of the samples' lengths, at (N,) the positions whose next token is a response token, targets (N,)
+    those tokens. `data.collate` makes all of them.
+
+    recompute: keep a block's input alone and compute the block again in the backward pass.
     """
+    recompute = False
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -288,26 +372,31 @@ class GPT(nn.Module):
     def head(self):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight   # (V, d)
 
-    def trunk(self, tokens, rows):
+    def trunk(self, tokens, packing):
         """Tokens (T,) -> what the head sees, (T, d)."""
         x = self.embed_tokens(tokens).to(self.norm.weight.dtype)          # (T, d): float32 sums over a bfloat16 base
         if self.config.rope_theta is None:
-            x, rope = x + self.embed_positions(rows.position), None
+            x, rope = x + self.embed_positions(packing.position), None
         else:
-            angle = rows.position[:, None, None].float() * rope_frequencies(self.config, x.device)   # (T, 1, D/2)
+            angle = packing.position[:, None, None].float() * rope_frequencies(self.config, x.device)   # (T, 1, D/2)
             rope = angle.cos(), angle.sin()
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in self.layers:
-            x = block(x, rope, rows)
+            x = checkpoint(block, x, rope, packing, use_reentrant=False) if recompute else block(x, rope, packing)
         return self.norm(x)
 
-    def forward(self, input_ids, offsets=None, longest=None, at=None, targets=None):
-        if offsets is None:                                               # each row of (B, T) is a sample
-            longest = input_ids.shape[1]
-            offsets = torch.arange(0, input_ids.numel() + 1, longest, device=input_ids.device)
-        x = self.trunk(input_ids.flatten(), Rows(offsets, longest, input_ids.numel()))
-        if targets is None:
+    def forward(self, input_ids, lengths=None, at=None, targets=None):
+        if lengths is None:                                               # each row of (B, T) is a sample
+            x = self.trunk(input_ids.flatten(), Packing([input_ids.shape[1]] * len(input_ids), input_ids.device))
             return F.linear(x, self.head).view(*input_ids.shape, -1)      # (B, T, V)
-        return linear_logprobs(x[at], self.head, targets)                 # (N,)
+        x = self.trunk(input_ids, Packing(lengths, input_ids.device))
+        return linear_logprobs(x.index_select(0, at), self.head, targets)  # (N,)
+
+    def compile(self, **options):
+        """torch.compile, in place and block by block: all blocks share one graph for each number of tokens, attention
+        runs between the parts of it, and DDP can send a block's gradients as soon as they are there."""
+        for block in self.layers:
+            block.compile(dynamic=False, **options)
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens, temperature=0.0, stop=(), seed=0):
@@ -325,9 +414,9 @@ class GPT(nn.Module):
         if min(map(len, prompts)) < 1 or longest + max_new_tokens > self.config.max_positions:
             raise ValueError(f"prompts have {lengths.tolist()} ids; expected 1 or more, and with {max_new_tokens} new "
                              f"ones at most the {self.config.max_positions} positions of the model")
-        ends, cache = lengths.cumsum(0), Cache(longest + max_new_tokens)
-        x = self.trunk(torch.cat(prompts), Rows(F.pad(ends, (1, 0)), longest, int(ends[-1]), cache))   # (T, d)
-        x = x[ends - 1]                                                   # (B, d)
+        cache = Cache(longest + max_new_tokens)
+        x = self.trunk(torch.cat(prompts), Packing([len(p) for p in prompts], device, cache))   # (T, d)
+        x = x[lengths.cumsum(0) - 1]                                      # (B, d)
         random = torch.Generator(device).manual_seed(seed)
         new, going = [lengths.new_empty(len(prompts), 0)], torch.ones(len(prompts), dtype=torch.bool, device=device)
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)

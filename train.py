@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bft
 from data import (
-    CHAT_FORMATS, Parser, UserError, collate, compare_template, deal, find_format, global_batch, load_choice,
+    CHAT_FORMATS, Parser, UserError, bucket, collate, compare_template, deal, find_format, global_batch, load_choice,
     load_samples, load_tokenizer, read_jsonl, run
 )
 from eval import (
@@ -74,11 +75,14 @@ class Settings:
                       choices=("auto", "float32", "bfloat16"))
     compile: bool | None = flag(None, "torch.compile the model; without either: on CUDA",
                                 action=argparse.BooleanOptionalAction)
+    recompute: bool = flag(False, "keep each block's input alone and compute the block again in the backward pass",
+                           action="store_true")
     lora_rank: int = flag(0, "rank of adapters (LoRA) on all linear layers of the blocks; 0: train all weights")
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / rank; 0: twice the rank")
     save_every: int = flag(0, "steps between checkpoints; 0: only at the end")
     eval_every: int = flag(0, "steps between validations; 0: only before the first step and after the last")
-    log_every: int = flag(1, "steps between lines on the terminal; metrics.jsonl has every step")
+    log_every: int = flag(10, "steps between lines on the terminal, until which a GPU is not waited for; metrics.jsonl "
+                          "has every step")
     keep: int = flag(2, "checkpoints to keep")
     resume: bool = flag(True, "go on from the newest checkpoint in --out; --no-resume starts again over it",
                         action=argparse.BooleanOptionalAction)
@@ -92,7 +96,7 @@ class Settings:
 
 
 # A run that differs in one of these is the same run: they change how it is computed or shown, not what.
-INCIDENTAL = {"out", "micro_tokens", "compile", "save_every", "eval_every", "log_every", "keep", "resume",
+INCIDENTAL = {"out", "micro_tokens", "compile", "recompute", "save_every", "eval_every", "log_every", "keep", "resume",
               "device"}
 
 
@@ -152,7 +156,8 @@ class Ranks:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     def stop(self):
-        if self.world > 1:
+        # gloo's joins threads that may wait for the interpreter's lock, which it holds: exiting ends them as well.
+        if self.world > 1 and self.device.type == "cuda":
             dist.destroy_process_group()
 
     def print(self, *words):
@@ -245,9 +250,8 @@ def learning_rate(step, total, s):
 
 def sample_statistics(logp, offsets, objective, group_size):
     """For the log, each sample's sums of l_t and w_t, its s_b and its C_b: (S, 4) float64."""
-    row, logp = bft.OBJECTIVES[objective], logp.detach().double()
-    w = row.token_weight(logp, offsets.to(logp.device), group_size)
-    s = row.sample_weight(logp, offsets.to(logp.device), group_size)
+    row, logp, offsets = bft.OBJECTIVES[objective], logp.detach().double(), offsets.to(logp.device, non_blocking=True)
+    w, s = (weight(logp, offsets, group_size) for weight in (row.token_weight, row.sample_weight))
     return torch.stack((-segment_sum(logp, offsets), segment_sum(w, offsets), s,
                         bft.group_confidence(logp, offsets, group_size)), 1)
 
@@ -269,30 +273,42 @@ def flops(model, samples):
 def backward(net, batch, objective, s, ranks, dtype):
     """Adds the gradient of one global batch (a list of data.Sample) to the parameters of net, on every rank.
 
-    However the batch is cut into ranks and micro-batches, loss and gradient are those of the whole. Returns the loss
-    and `sample_statistics` of the whole batch, (B, 4).
+    However the batch is cut into ranks and micro-batches, the gradient is that of the whole. Returns this rank's share
+    of the loss and of `sample_statistics`, for `settle`, without waiting for the device.
     """
     # Every rank knows the whole batch, so the global denominator needs no communication ...
     by_samples = bft.OBJECTIVES[objective].average == "samples"
     denominator = len(batch) if by_samples else sum(int(x.response.sum()) for x in batch)
     micros = deal([len(x.ids) for x in batch], ranks.world, s.micro_tokens)[ranks.rank]
-    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    statistics = torch.zeros(len(batch), 4, dtype=torch.float64, device=ranks.device)
+    loss, statistics = torch.zeros((), dtype=torch.float64, device=ranks.device), []
     for m, micro in enumerate(micros):
-        packed = collate([batch[i] for i in micro]).to(ranks.device)
+        samples = [batch[i] for i in micro]
+        size = bucket(sum(len(x.ids) for x in samples), s.micro_tokens) if s.compile else 1
+        packed = collate(samples, size).to(ranks.device)
         last = m == len(micros) - 1                                       # ranks exchange gradients once a step
         with net.no_sync() if ranks.world > 1 and not last else contextlib.nullcontext():
             with autocast(ranks.device, dtype):
-                logp = net(packed.input_ids, packed.bounds, packed.longest, packed.at, packed.targets)   # (N,)
+                logp = net(packed.input_ids, packed.lengths, packed.at, packed.targets)   # (N,)
             part = bft.objective_loss(logp, packed.offsets, objective, s.group_size, denominator)
             (part * ranks.world).backward()                               # ... and DDP's mean over ranks is undone
         loss += part.detach()
-        if micro:
-            statistics[micro] = sample_statistics(logp, packed.offsets, objective, s.group_size)
+        statistics.append(sample_statistics(logp, packed.offsets, objective, s.group_size))
+    return loss, sum(micros, []), torch.cat(statistics)                   # whose rows are these samples of the batch
+
+
+def settle(shares, sizes, ranks):
+    """[(loss, statistics (B, 4) as numpy), ...] of several whole global batches of the given sizes B: what `backward`
+    returned for them on each rank, put together. Here the device is waited for."""
+    table, ends = torch.zeros(len(sizes) + sum(sizes), 4, dtype=torch.float64), itertools.accumulate(sizes)
+    firsts = [len(sizes) + end - size for end, size in zip(ends, sizes)]  # below a row for each loss
+    for k, (first, (loss, samples, statistics)) in enumerate(zip(firsts, shares)):
+        table[k, 0] = loss
+        table[first + torch.tensor(samples, dtype=torch.int64)] = statistics.cpu()
     if ranks.world > 1:
-        dist.all_reduce(loss)
-        dist.all_reduce(statistics)                                       # each rank filled the rows of its own samples
-    return loss.item(), statistics.cpu().numpy()
+        table = table.to(ranks.device)
+        dist.all_reduce(table)                                            # each rank filled the rows of its own samples
+    table = table.cpu().numpy()
+    return [(float(table[k, 0]), table[first:first + size]) for k, (first, size) in enumerate(zip(firsts, sizes))]
 
 
 def train(s, objective, out, config, make_model, samples, val, extras, ranks):
@@ -302,6 +318,7 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
     (val may be empty). extras: {file name: bytes} that go with the model, its tokenizer's files above all.
     """
     device, dtype = ranks.device, compute_dtype(s.dtype, ranks.device)
+    s = replace(s, compile=device.type == "cuda" if s.compile is None else s.compile)
     total = s.steps or s.epochs * math.ceil(len(samples) / s.batch_size)
     found = checkpoints(out) if s.resume else []
     if found and found[-1][0] == total and (out / "model" / "config.json").is_file():
@@ -337,15 +354,18 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         old = path.read_text().splitlines() if start and path.is_file() else []
         kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]   # whole lines
         write_whole(path, [(line + "\n").encode() for line in kept])
-    net = torch.compile(model) if (device.type == "cuda" if s.compile is None else s.compile) else model
+    torch.compiler.set_stance("default" if s.compile else "force_eager")
+    if s.compile:
+        model.compile()
+    net, model.recompute = model, s.recompute
     if ranks.world > 1:
-        net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
+        net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                       gradient_as_bucket_view=True)       # or gradients are there twice
 
-    def log(line):
+    def log(*lines):
         if ranks.rank == 0:
             with open(out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
+                f.writelines(json.dumps(line) + "\n" for line in lines)
 
     def validate(step):
         if val:
@@ -362,50 +382,64 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         ranks.print(f"warning: only {multi_window:.0%} of the samples have more than --group-size {s.group_size} "
                     "response tokens; for the others the one group is the whole sample")
     peak = next((v for k, v in PEAK_FLOPS.items() if k in config["device"]), None) if dtype == torch.bfloat16 else None
-    began = time.perf_counter()
+
+    def report(pending, tick):
+        """Logs steps [(step, epoch, lr, batch, grad_norm, what `backward` returned), ...] that began at time tick."""
+        batches = [batch for _, _, _, batch, _, _ in pending]
+        whole = settle([share for *_, share in pending], list(map(len, batches)), ranks)
+        seconds = time.perf_counter() - tick
+        rate = sum(len(x.ids) for batch in batches for x in batch) / seconds
+        mfu = peak and sum(flops(model, batch) for batch in batches) / seconds / peak / ranks.world
+        memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else host_memory_gb()
+        lines = []
+        for (step, epoch, lr, batch, grad_norm, _), (loss, statistics) in zip(pending, whole):
+            n, grad_norm = np.array([x.response.sum() for x in batch]), grad_norm.item()   # (B,) n_b
+            nll, w, sample_weight, confidence = statistics.T              # (B,) each
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):   # the same on every rank
+                log(*lines)
+                bad = [x.line for x, value in zip(batch, nll) if not math.isfinite(value)] or [x.line for x in batch]
+                if ranks.rank == 0:
+                    print(f"error: step {step}: loss {loss}, gradient norm {grad_norm}; stopped, and nothing was saved "
+                          f"since, with the samples on lines {', '.join(map(str, bad))} of {s.data or 'its data'}",
+                          file=sys.stderr)
+                raise SystemExit(1)
+            lines.append({
+                "step": step, "epoch": epoch, "loss": loss, "nll": nll.sum() / n.sum(), "grad_norm": grad_norm,
+                "clipped": bool(s.grad_clip and grad_norm > s.grad_clip), "lr": lr, "samples": len(batch),
+                "tokens": sum(len(x.ids) for x in batch), "response_tokens": int(n.sum()),
+                "token_weight": w.sum() / n.sum(), "sample_weight": sample_weight.mean(),
+                "sample_weight_sd": sample_weight.std(), "min_group_confidence": confidence.mean(),
+                "min_group_confidence_p05": np.percentile(confidence, 5), "multi_window": np.mean(n > s.group_size),
+                "tokens_per_s": rate, "mfu": mfu, "memory_gb": memory})
+        log(*lines)
+        eta = (time.perf_counter() - began) / (step - start) * (total - step)
+        ranks.print(f"{objective} step {step}/{total}  loss {loss:.4f}  nll {lines[-1]['nll']:.4f}  |g| {grad_norm:.3f}"
+                    f"  lr {lr:.2e}  {rate:,.0f} tok/s  eta {eta // 60:.0f}:{eta % 60:02.0f}")
+
+    pending, began = [], time.perf_counter()
     if start == 0:
         validate(0)
+    tick = time.perf_counter()
     for step in range(start, total):
-        tick = time.perf_counter()
         epoch, numbers = global_batch(step, len(samples), s.batch_size, s.seed)
-        batch = [samples[i] for i in numbers]
-        n = np.array([x.response.sum() for x in batch])                   # (B,) n_b
+        batch, lr = [samples[i] for i in numbers], learning_rate(step, total, s)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, s)
-        loss, statistics = backward(net, batch, objective, s, ranks, dtype)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.grad_clip or math.inf).item()
-        nll, w, sample_weight, confidence = statistics.T                  # (B,) each
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):       # the same on every rank
-            bad = [batch[i].line for i in range(len(batch)) if not math.isfinite(nll[i])] or [x.line for x in batch]
-            if ranks.rank == 0:
-                print(f"error: step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update, "
-                      f"with the samples on lines {', '.join(map(str, bad))} of {s.data or 'its data'}",
-                      file=sys.stderr)
-            raise SystemExit(1)
+            group["lr"] = lr
+        share = backward(net, batch, objective, s, ranks, dtype)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         step += 1
-        seconds, tokens = time.perf_counter() - tick, sum(len(x.ids) for x in batch)
-        memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else host_memory_gb()
-        line = {"step": step, "epoch": epoch, "loss": loss, "nll": nll.sum() / n.sum(), "grad_norm": grad_norm,
-                "clipped": bool(s.grad_clip and grad_norm > s.grad_clip), "lr": optimizer.param_groups[0]["lr"],
-                "samples": len(batch), "tokens": tokens, "response_tokens": int(n.sum()),
-                "token_weight": w.sum() / n.sum(), "sample_weight": sample_weight.mean(),
-                "sample_weight_sd": sample_weight.std(), "min_group_confidence": confidence.mean(),
-                "min_group_confidence_p05": np.percentile(confidence, 5), "multi_window": np.mean(n > s.group_size),
-                "tokens_per_s": tokens / seconds, "mfu": peak and flops(model, batch) / seconds / peak / ranks.world,
-                "memory_gb": memory}
-        log(line)
-        if step % s.log_every == 0 or step == total:
-            eta = (time.perf_counter() - began) / (step - start) * (total - step)
-            ranks.print(f"{objective} step {step}/{total}  loss {loss:.4f}  nll {line['nll']:.4f}  |g| {grad_norm:.3f}"
-                        f"  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tok/s"
-                        f"  eta {eta // 60:.0f}:{eta % 60:02.0f}")
-        if step == total or (s.eval_every and step % s.eval_every == 0):
-            validate(step)
-        if ranks.rank == 0 and (step == total or (s.save_every and step % s.save_every == 0)):
-            save_checkpoint(out, step, model, optimizer, s.keep)
+        pending.append((step, epoch, lr, batch, grad_norm, share))
+        evaluates, saves = (step == total or every and step % every == 0 for every in (s.eval_every, s.save_every))
+        if evaluates or saves or step == start + 1 or step % s.log_every == 0:
+            report(pending, tick)                                         # stops if a number is not finite
+            if evaluates:
+                validate(step)
+            if saves and ranks.rank == 0:
+                save_checkpoint(out, step, model, optimizer, s.keep)
+            pending, tick = [], time.perf_counter()
 
     if ranks.rank == 0:
         (out / "model").mkdir(exist_ok=True)

@@ -46,7 +46,8 @@ def main(out, *layouts):
             for micro_tokens in map(int, layouts):
                 model.zero_grad()
                 s = train.Settings(micro_tokens=micro_tokens, group_size=GROUP_SIZE)
-                loss, statistics = train.backward(net, batch, objective, s, ranks, torch.float32)
+                share = train.backward(net, batch, objective, s, ranks, torch.float32)
+                (loss, statistics), = train.settle([share], [len(batch)], ranks)
                 results[f"{objective} {micro_tokens} {adapters}"] = (loss, gradient(model), torch.from_numpy(statistics))
     if ranks.rank == 0:
         torch.save(results, out)

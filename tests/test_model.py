@@ -32,7 +32,7 @@ def random_samples(count, longest=25, vocab=97, seed=0):
 
 def packed_logp(model, samples):
     b = collate(samples)
-    return model(b.input_ids, b.bounds, b.longest, b.at, b.targets).split(b.offsets.diff().tolist())
+    return model(b.input_ids, b.lengths, b.at, b.targets).split(b.offsets.diff().tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_an_empty_micro_batch_reaches_every_trainable_parameter_with_zero():
         if adapters:
             model.zero_grad()
             model.add_lora(2, 4)
-        logp = model(b.input_ids, b.bounds, b.longest, b.at, b.targets)
+        logp = model(b.input_ids, b.lengths, b.at, b.targets)
         assert logp.shape == (0,)
         logp.sum().backward()
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,80 @@
+"""What the benchmarks share: medians of interleaved runs, peak memory, where and with what they ran."""
+
+import ctypes
+import gc
+import math
+import platform
+import re
+import statistics
+import sys
+import time
+
+import torch
+
+
+def interleave(alternatives, repeats, device):
+    """Runs each of {name: function} in turn, `repeats` times after one to warm up. Returns {name: (time ratio, memory
+    ratio, seconds, bytes)}: medians over the rounds, ratios to the first of them; bytes in use at the peak above those
+    before, nan where they cannot be measured."""
+    seconds, peaks = ({name: [] for name in alternatives} for _ in range(2))
+    for repeat in range(repeats + 1):
+        for name, function in alternatives.items():
+            before = start_of_peak(device)
+            tick = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            took = time.perf_counter() - tick
+            if repeat:
+                seconds[name].append(took)
+                peaks[name].append(math.nan if before is None else end_of_peak(device) - before)
+    first, median = next(iter(alternatives)), statistics.median
+    ratio = lambda of, name: median(a / b for a, b in zip(of[name], of[first]))   # noqa: E731   round by round
+    return {name: (ratio(seconds, name), ratio(peaks, name), median(seconds[name]), median(peaks[name]))
+            for name in alternatives}
+
+
+def start_of_peak(device):
+    """Forgets the peak so far; returns the bytes in use."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                                  # what was freed goes back to the system
+        with open("/proc/self/clear_refs", "w") as f:                     # Linux: the peak is now what is in use
+            f.write("5")
+        return resident("VmRSS")
+    except (OSError, AttributeError):                                     # another system
+        return None
+
+
+def end_of_peak(device):
+    """The most bytes in use since then."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
+
+
+def resident(key):
+    with open("/proc/self/status") as f:
+        return int(re.search(rf"{key}:\s+(\d+)", f.read())[1]) * 1024
+
+
+def heading(device, *packages):
+    """Where, with what and by which command: the lines that a table begins with."""
+    threads = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    versions = ", ".join(f"{p.__name__} {p.__version__}" for p in (torch, *packages))
+    return f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else threads}; {versions}; " \
+        f"Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}\n$ python {' '.join(sys.argv)}"
+
+
+def cpu_name():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return re.search(r"model name\s*:\s*(.+)", f.read())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def gigabytes(peak):
+    return "not measured" if math.isnan(peak) else f"{peak / 1e9:.2f} GB"

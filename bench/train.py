@@ -1,0 +1,159 @@
+"""An optimizer step of train.py's loop beside transformers with the materialised BFT loss on padded batches.
+
+    pip install -e ".[dev]"
+    python bench/train.py                                  # SmolLM2's shape; a GPU is used where there is one
+    python bench/train.py --shape gpt2 --batch-size 256 --micro-tokens 32768 --rows 32    # an H100
+    python bench/train.py --dry                            # tiny sizes, to see that it runs
+
+Both have the same shape (random weights), the same samples in the same batches, autocast and fused AdamW; only the
+lengths of the samples are real: those of MedQuAD in SmolLM2's tokens, cut at --max-length. Ours packs them into
+--micro-tokens; transformers gets --rows samples at a time in the order they come, padded to the longest, as its Trainer
+does (8 by default). A step of both is forward, backward, clipping, update. Ratios are to ours.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from loss import materialised_bft
+from measure import gigabytes, heading, interleave
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train  # noqa: E402
+from data import Sample  # noqa: E402
+from model import GPT, GPTConfig, autocast  # noqa: E402
+
+
+# Every twentieth of the lengths of MedQuAD's 14,677 training samples in tokens (chatml), and of their prompts.
+LENGTHS = (21, 58, 75, 88, 103, 117, 133, 149, 164, 181, 201, 221, 246, 278, 314, 349, 390, 446, 543, 740, 5387)
+PROMPTS = (14, 17, 18, 18, 19, 19, 20, 20, 20, 21, 21, 22, 22, 23, 23, 24, 25, 26, 27, 29, 51)
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+         "tie_word_embeddings": True, "max_position_embeddings": 8192, "rope_theta": 100000.0}
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SHAPES = {
+    "smollm2": {**LLAMA, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                "num_attention_heads": 9, "num_key_value_heads": 3},
+    "gpt2": {**GPT2, "n_embd": 768, "n_layer": 12, "n_head": 12},                               # 124M
+    "gpt2-xl": {**GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25},                           # 1.5B
+    "dry": {**LLAMA, "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2}}
+
+
+def random_batch(vocab, batch_size, max_length, rng):
+    """Samples of random tokens; MedQuAD's lengths of prompts and of samples are not correlated (0.02)."""
+    lengths, prompts = (np.interp(rng.rand(batch_size), np.linspace(0, 1, 21), of).astype(int)
+                        for of in (LENGTHS, PROMPTS))
+    return [Sample(rng.randint(vocab, size=n), np.arange(n) >= min(prompt, n - 1), None, 0)
+            for n, prompt in zip(lengths.clip(2, max_length), prompts)]
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
+
+
+def update(model, optimizer):
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def ours(shape, s, ranks, dtype, data):
+    model = GPT(GPTConfig.from_hf(shape)).to(ranks.device)
+    model.recompute = s.recompute
+    if s.compile:
+        model.compile()
+    optimizer = optimizer_of(model)
+
+    def step():
+        loss, *_ = train.backward(model, next(data), "bft", s, ranks, dtype)
+        update(model, optimizer)
+        return loss.item()
+    return step, model
+
+
+def theirs(shape, rows, device, dtype, data):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
+    model = model.float().to(device).train()
+    optimizer = optimizer_of(model)
+
+    def step():
+        batch, total = next(data), 0.0
+        for i in range(0, len(batch), rows):
+            some = batch[i:i + rows]
+            ids, mask = torch.zeros(2, len(some), max(len(x.ids) for x in some), dtype=torch.int64)
+            labels = torch.full_like(ids, -100)
+            for k, x in enumerate(some):
+                n = len(x.ids)
+                ids[k, :n], mask[k, :n] = torch.from_numpy(x.ids), 1
+                labels[k, :n] = torch.where(torch.from_numpy(x.response), ids[k, :n], -100)
+            with autocast(device, dtype):
+                logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+                loss = materialised_bft(logits, labels.to(device)) * len(some) / len(batch)
+            loss.backward()
+            total += loss.item()
+        update(model, optimizer)
+        return total
+    return step, model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--micro-tokens", type=int, default=2048, help="of ours")
+    parser.add_argument("--rows", type=int, default=8, help="of a micro-batch of transformers")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--recompute", action="store_true", help="ours: activation checkpointing by block")
+    parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    args = parser.parse_args()
+    if args.dry:
+        args.shape, args.batch_size, args.repeats, args.micro_tokens = "dry", 4, 1, 512
+    shape, dtype, ranks = SHAPES[args.shape], getattr(torch, args.dtype), train.Ranks(args.device)
+    s = train.Settings(micro_tokens=args.micro_tokens, compile=args.compile, recompute=args.recompute)
+    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    packages = []
+    if not args.ours_only:
+        import transformers
+        packages = [transformers]
+    rng = np.random.RandomState(0)
+    data = [random_batch(shape["vocab_size"], args.batch_size, args.max_length, rng) for _ in range(args.repeats + 1)]
+    made = {"ours": ours(shape, s, ranks, dtype, iter(data))}
+    if not args.ours_only:
+        made["transformers"] = theirs(shape, args.rows, ranks.device, dtype, iter(data))
+    result = interleave({name: step for name, (step, _) in made.items()}, args.repeats, ranks.device)
+
+    measured, model = data[1:], made["ours"][1]                           # the first warms up
+    tokens = np.mean([sum(len(x.ids) for x in batch) for batch in measured])
+    response = np.mean([sum(x.response.sum() for x in batch) for batch in measured])
+    rows = [batch[i:i + args.rows] for batch in measured for i in range(0, len(batch), args.rows)]
+    padded = sum(len(some) * max(len(x.ids) for x in some) for some in rows) / len(measured)
+    work = np.mean([train.flops(model, batch) for batch in measured])
+    peak = next((v for k, v in train.PEAK_FLOPS.items() if ranks.device.type == "cuda"
+                 and k in torch.cuda.get_device_name(ranks.device)), None)
+    print(heading(ranks.device, *packages))
+    print(f"{args.shape}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {args.dtype}, compile "
+          f"{args.compile}; batches of {args.batch_size} samples, {tokens:.0f} tokens ({response:.0f} of response, "
+          f"{padded:.0f} padded) on average; medians of {args.repeats} interleaved steps")
+    print("MFU: " + (f"of {peak / 1e12:.0f} TFLOP/s, dense bf16" if peak else "the peak of this device is not known"))
+    print(f"\n{'':14}  time ratio  memory ratio  tokens/s  response tokens/s   MFU   peak memory")
+    in_use = {name: 12 * sum(p.numel() for p in model.parameters()) for name, (_, model) in made.items()}   # all along:
+    memory = {name: in_use[name] + result[name][3] for name in made}      # weights, moments; in a step: what is above
+    for name, (time_ratio, _, seconds, _) in result.items():
+        mfu = f"{work / seconds / peak:4.0%}" if peak else "   -"
+        print(f"{name:14}  {time_ratio:10.2f}  {memory[name] / memory['ours']:12.2f}  {tokens / seconds:8.0f}  "
+              f"{response / seconds:17.0f}  {mfu}  {gigabytes(memory[name]):>12}")
+
+
+if __name__ == "__main__":
+    main()
