@@ -147,7 +147,7 @@ def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=N
     Other arguments and errors: as `token_weights`; also ValueError for a number as denominator that is not positive.
     """
     weights = _weights(logp, offsets, objective, group_size)          # (N,) s_b * w_t, float64, no gradient
-    offsets, by_samples = offsets.to(logp.device), OBJECTIVES[objective].average == "samples"
+    offsets, by_samples = offsets.to(logp.device, non_blocking=True), OBJECTIVES[objective].average == "samples"
     if denominator is not None and not isinstance(denominator, torch.Tensor) and not denominator > 0:
         raise ValueError(f"denominator must be the global batch's number of "
                          f"{'samples' if by_samples else 'response tokens'}, above 0; it is {denominator!r}")
@@ -185,14 +185,14 @@ def _weights(logp, offsets, objective, group_size):
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
     _check(logp, offsets, group_size)
-    row, logp, offsets = OBJECTIVES[objective], logp.detach().double(), offsets.to(logp.device)
+    row, logp, offsets = OBJECTIVES[objective], logp.detach().double(), offsets.to(logp.device, non_blocking=True)
     sample, _, _ = _bounds(logp, offsets)
     return row.sample_weight(logp, offsets, group_size)[sample] * row.token_weight(logp, offsets, group_size)
 
 
 def _bounds(logp, offsets):
     """For each token: its sample's number, first token, and one past its last token; (N,) each."""
-    offsets = offsets.to(logp.device)
+    offsets = offsets.to(logp.device, non_blocking=True)
     tokens = torch.arange(len(logp), device=logp.device)
     sample = torch.searchsorted(offsets, tokens, right=True) - 1      # the last sample that starts at or before it
     return sample, offsets[sample], offsets[sample + 1]

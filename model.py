@@ -188,6 +188,7 @@ class Packing:
     """Where packed samples lie in their tokens (T, ...), and attention within each of them."""
     def __init__(self, lengths, device, cache=None):
         self.lengths, self.cache = lengths, cache                         # S of them, which add up to T
+        self.varlen = torch.device(device).type == "cuda"
         self.offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)    # (S+1,)
         self.offsets = self.offsets.to(device, non_blocking=True)
         t = torch.arange(sum(lengths), dtype=torch.int32, device=device)
@@ -199,7 +200,7 @@ class Packing:
         if self.cache is not None:
             self.cache.keep(layer, *(y.split(self.lengths) for y in (k, v)))
         n, D = q.shape[1:]
-        if q.is_cuda and q.dtype != torch.float32 and D % 8 == 0:         # one FlashAttention kernel for all samples
+        if self.varlen and q.dtype != torch.float32 and D % 8 == 0:       # one FlashAttention kernel for all samples
             k, v = (y.repeat_interleave(n // y.shape[1], 1) for y in (k, v))
             longest = max(self.lengths)
             return varlen_attn(q, k, v, self.offsets, self.offsets, longest, longest, window_size=(-1, 0))
@@ -402,36 +403,52 @@ class GPT(nn.Module):
     def generate(self, input_ids, max_new_tokens, temperature=0.0, stop=(), seed=0):
         """A continuation of each prompt: a list of B int64 vectors of new ids, without the stop.
 
-        input_ids: (B, T), or a list of B prompts of any lengths, each at least one id. temperature 0.0 takes the most
-        probable token, above that one is drawn from softmax(logits / temperature) by a generator of its own with this
-        seed. stop: ids, any of which ends a continuation; others end after max_new_tokens.
+        input_ids: (B, T), or a list of B prompts of any lengths, each at least one id. Prompts of similar length run
+        together; no continuation depends on the others. temperature 0.0 takes the most probable token, above that one
+        is drawn from softmax(logits / temperature) by a generator of its own with this seed. stop: ids, any of which
+        ends a continuation; others end after max_new_tokens.
         Raises ValueError if a prompt is empty or would run beyond the positions.
         """
         device = self.embed_tokens.weight.device
         prompts = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in input_ids]
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        longest = max(map(len, prompts))
-        if min(map(len, prompts)) < 1 or longest + max_new_tokens > self.config.max_positions:
-            raise ValueError(f"prompts have {lengths.tolist()} ids; expected 1 or more, and with {max_new_tokens} new "
-                             f"ones at most the {self.config.max_positions} positions of the model")
-        cache = Cache(longest + max_new_tokens)
-        x = self.trunk(torch.cat(prompts), Packing([len(p) for p in prompts], device, cache))   # (T, d)
-        x = x[lengths.cumsum(0) - 1]                                      # (B, d)
-        random = torch.Generator(device).manual_seed(seed)
-        new, going = [lengths.new_empty(len(prompts), 0)], torch.ones(len(prompts), dtype=torch.bool, device=device)
+        lengths, new = [len(p) for p in prompts], [None] * len(prompts)
+        if min(lengths, default=1) < 1 or max(lengths, default=0) + max_new_tokens > self.config.max_positions:
+            raise ValueError(f"prompts have {lengths} ids; expected 1 or more, and with {max_new_tokens} new ones at "
+                             f"most the {self.config.max_positions} positions of the model")
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
+        chance = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64,
+                            generator=torch.Generator().manual_seed(seed)).to(device)   # a number for each token drawn
+        rest = sorted(range(len(prompts)), key=lengths.__getitem__)
+        while rest:
+            count = max(1, CACHE_TOKENS // (lengths[rest[-1]] + max_new_tokens))
+            rows, rest = rest[-count:], rest[:-count]                     # the longest first
+            ids = self.continuations([prompts[i] for i in rows], max_new_tokens, temperature, stop, chance[rows])
+            for i, row in zip(rows, ids):
+                new[i] = row[row >= 0]
+        return new
+
+    def continuations(self, prompts, max_new_tokens, temperature, stop, chance):
+        """`generate` for prompts that run together: their new ids (B, new), -1 from a stop on."""
+        lengths = torch.tensor([len(p) for p in prompts], device=stop.device)
+        cache = Cache(int(lengths.max()) + max_new_tokens)
+        x = self.trunk(torch.cat(prompts), Packing(lengths.tolist(), stop.device, cache))   # (T, d)
+        x, going = x[lengths.cumsum(0) - 1], torch.ones_like(lengths, dtype=torch.bool)     # (B, d)
+        new = [lengths.new_empty(len(prompts), 0)]
         for i in range(max_new_tokens):
             logits = F.linear(x, self.head).double()                      # (B, V)
-            logits = logits - logits.amax(-1, keepdim=True)               # finite at any temperature
-            token = logits.argmax(-1) if temperature == 0 else \
-                torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)[:, 0]
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:                                                         # the first at which the sum passes chance
+                logits = logits - logits.amax(-1, keepdim=True)           # finite at any temperature
+                total = (logits / temperature).softmax(-1).cumsum(-1)
+                token = torch.searchsorted(total, chance[:, i:i + 1] * total[:, -1:], right=True)[:, 0]
             going = going & ~torch.isin(token, stop)
             new.append(torch.where(going, token, -1)[:, None])
             if not going.any() or i == max_new_tokens - 1:
                 break
             cache.position = lengths + i                                  # rows that have ended go on, unread
             x = self.trunk(token, cache)
-        return [row[row >= 0] for row in torch.cat(new, 1)]
+        return torch.cat(new, 1)
 
     def cast(self, dtype):
         """Matrices in `dtype`, that of autocast; norms and biases in float32, and with them all sums. Returns self."""
@@ -539,6 +556,7 @@ class GPT(nn.Module):
         return model
 
 
+CACHE_TOKENS = 2 ** 15                                                    # that `generate` holds, padding included
 TIED = "embed_tokens.weight"
 SHARD_BYTES = 5_000_000_000
 # GPT-2's names and ours. Its matrices inside a block are stored (in, out), q, k and v as one.

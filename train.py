@@ -354,7 +354,6 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         old = path.read_text().splitlines() if start and path.is_file() else []
         kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]   # whole lines
         write_whole(path, [(line + "\n").encode() for line in kept])
-    torch.compiler.set_stance("default" if s.compile else "force_eager")
     if s.compile:
         model.compile()
     net, model.recompute = model, s.recompute
@@ -425,7 +424,8 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         batch, lr = [samples[i] for i in numbers], learning_rate(step, total, s)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        share = backward(net, batch, objective, s, ranks, dtype)
+        with torch.compiler.set_stance("default" if s.compile else "force_eager"):
+            share = backward(net, batch, objective, s, ranks, dtype)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

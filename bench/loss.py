@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import gigabytes, heading, interleave
+from measure import heading, interleave, print_rows
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -72,8 +72,6 @@ def main():
     growth = {}
     for V in args.vocab:
         for N in args.tokens:
-            title = f"V = {V}, N = {N}"
-            print(f"\n{title:25}  time ratio  memory ratio  {'time':>9}   peak memory")
             torch.manual_seed(0)
             hidden = torch.randn(-(-N // 1024), min(N, 1024), args.width, device=device)
             weight = torch.randn(V, args.width, device=device) * 0.05
@@ -94,13 +92,10 @@ def main():
             runs = {name: lambda loss=loss: step(loss) for name, loss in alternatives.items()
                     if need < 0.7 * room or name in bft.OBJECTIVES}
             result = interleave(runs, args.repeats, device)
-            for name in alternatives:
-                if name not in result:
-                    print(f"{name:25}  not run: {need / 1e9:.0f} GB of logits")
-                    continue
-                time_ratio, memory_ratio, seconds, peak = result[name]
-                print(f"{name:25}  {time_ratio:10.2f}  {memory_ratio:12.2f}  {seconds * 1e3:6.0f} ms  "
-                      f"{gigabytes(peak):>12}", flush=True)
+            print_rows(f"V = {V}, N = {N}", result)
+            if len(result) < len(alternatives):
+                print(f"(the others not run: about {need / 1e9:.0f} GB of logits)")
+            for name, (_, _, seconds, peak) in result.items():
                 growth.setdefault((V, name), []).append((N, seconds, peak))
     print("\nGrowth with each token more, from the fewest to the most that were run:")
     for (V, name), points in growth.items():

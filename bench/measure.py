@@ -1,4 +1,4 @@
-"""What the benchmarks share: medians of interleaved runs, peak memory, where and with what they ran."""
+"""What the benchmarks share: medians of interleaved runs, peak memory, samples as long as real ones, where it ran."""
 
 import ctypes
 import gc
@@ -8,8 +8,19 @@ import re
 import statistics
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import Sample  # noqa: E402
+
+
+# Every twentieth of the lengths of MedQuAD's 14,677 training samples in tokens (chatml), and of their prompts.
+LENGTHS = (21, 58, 75, 88, 103, 117, 133, 149, 164, 181, 201, 221, 246, 278, 314, 349, 390, 446, 543, 740, 5387)
+PROMPTS = (14, 17, 18, 18, 19, 19, 20, 20, 20, 21, 21, 22, 22, 23, 23, 24, 25, 26, 27, 29, 51)
 
 
 def interleave(alternatives, repeats, device):
@@ -78,3 +89,19 @@ def cpu_name():
 
 def gigabytes(peak):
     return "not measured" if math.isnan(peak) else f"{peak / 1e9:.2f} GB"
+
+
+def print_rows(title, result):
+    """The table of what `interleave` returned."""
+    print(f"\n{title:26}  time ratio  memory ratio       time   peak memory")
+    for name, (time_ratio, memory_ratio, seconds, peak) in result.items():
+        print(f"{name:26}  {time_ratio:10.2f}  {memory_ratio:12.2f}  {seconds * 1e3:6.0f} ms  {gigabytes(peak):>12}",
+              flush=True)
+
+
+def random_batch(vocab, batch_size, max_length, rng):
+    """Samples of random tokens; MedQuAD's lengths of prompts and of samples are not correlated (0.02)."""
+    lengths, prompts = (np.interp(rng.rand(batch_size), np.linspace(0, 1, 21), of).astype(int)
+                        for of in (LENGTHS, PROMPTS))
+    return [Sample(rng.randint(vocab, size=n), np.arange(n) >= min(prompt, n - 1), None, 0)
+            for n, prompt in zip(lengths.clip(2, max_length), prompts)]

@@ -7,8 +7,8 @@
 
 Both have the same shape (random weights), the same samples in the same batches, autocast and fused AdamW; only the
 lengths of the samples are real: those of MedQuAD in SmolLM2's tokens, cut at --max-length. Ours packs them into
---micro-tokens; transformers gets --rows samples at a time in the order they come, padded to the longest, as its Trainer
-does (8 by default). A step of both is forward, backward, clipping, update. Ratios are to ours.
+--micro-tokens; transformers gets --rows samples at a time, padded to the longest: in the order they come, as from its
+Trainer by default, and sorted by length. A step is forward, backward, clipping, update. Ratios are to ours.
 """
 
 import argparse
@@ -18,18 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from loss import materialised_bft
-from measure import gigabytes, heading, interleave
+from measure import gigabytes, heading, interleave, random_batch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from data import Sample  # noqa: E402
 from model import GPT, GPTConfig, autocast  # noqa: E402
 
-
-# Every twentieth of the lengths of MedQuAD's 14,677 training samples in tokens (chatml), and of their prompts.
-LENGTHS = (21, 58, 75, 88, 103, 117, 133, 149, 164, 181, 201, 221, 246, 278, 314, 349, 390, 446, 543, 740, 5387)
-PROMPTS = (14, 17, 18, 18, 19, 19, 20, 20, 20, 21, 21, 22, 22, 23, 23, 24, 25, 26, 27, 29, 51)
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
          "tie_word_embeddings": True, "max_position_embeddings": 8192, "rope_theta": 100000.0}
@@ -44,14 +39,6 @@ SHAPES = {
             "num_attention_heads": 4, "num_key_value_heads": 2}}
 
 
-def random_batch(vocab, batch_size, max_length, rng):
-    """Samples of random tokens; MedQuAD's lengths of prompts and of samples are not correlated (0.02)."""
-    lengths, prompts = (np.interp(rng.rand(batch_size), np.linspace(0, 1, 21), of).astype(int)
-                        for of in (LENGTHS, PROMPTS))
-    return [Sample(rng.randint(vocab, size=n), np.arange(n) >= min(prompt, n - 1), None, 0)
-            for n, prompt in zip(lengths.clip(2, max_length), prompts)]
-
-
 def optimizer_of(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
 
@@ -62,30 +49,35 @@ def update(model, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
-def ours(shape, s, ranks, dtype, data):
+def ours(shape, s, ranks):
     model = GPT(GPTConfig.from_hf(shape)).to(ranks.device)
     model.recompute = s.recompute
     if s.compile:
         model.compile()
     optimizer = optimizer_of(model)
 
-    def step():
-        loss, *_ = train.backward(model, next(data), "bft", s, ranks, dtype)
+    def step(batch, dtype):
+        loss, *_ = train.backward(model, batch, "bft", s, ranks, dtype)
         update(model, optimizer)
         return loss.item()
     return step, model
 
 
-def theirs(shape, rows, device, dtype, data):
+def row_batches(batch, rows, by_length):
+    """The samples of a batch, `rows` at a time."""
+    batch = sorted(batch, key=lambda x: len(x.ids)) if by_length else batch
+    return [batch[i:i + rows] for i in range(0, len(batch), rows)]
+
+
+def theirs(shape, device):
     from transformers import AutoConfig, AutoModelForCausalLM
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
     model = model.float().to(device).train()
     optimizer = optimizer_of(model)
 
-    def step():
-        batch, total = next(data), 0.0
-        for i in range(0, len(batch), rows):
-            some = batch[i:i + rows]
+    def step(batch, dtype, rows, by_length):
+        total = 0.0
+        for some in row_batches(batch, rows, by_length):
             ids, mask = torch.zeros(2, len(some), max(len(x.ids) for x in some), dtype=torch.int64)
             labels = torch.full_like(ids, -100)
             for k, x in enumerate(some):
@@ -99,7 +91,7 @@ def theirs(shape, rows, device, dtype, data):
             total += loss.item()
         update(model, optimizer)
         return total
-    return step, model
+    return step
 
 
 def main():
@@ -128,31 +120,39 @@ def main():
         packages = [transformers]
     rng = np.random.RandomState(0)
     data = [random_batch(shape["vocab_size"], args.batch_size, args.max_length, rng) for _ in range(args.repeats + 1)]
-    made = {"ours": ours(shape, s, ranks, dtype, iter(data))}
-    if not args.ours_only:
-        made["transformers"] = theirs(shape, args.rows, ranks.device, dtype, iter(data))
-    result = interleave({name: step for name, (step, _) in made.items()}, args.repeats, ranks.device)
+    def in_turn(step, *options):
+        batches = iter(data)
+        return lambda: step(next(batches), dtype, *options)
 
-    measured, model = data[1:], made["ours"][1]                           # the first warms up
+    step, model = ours(shape, s, ranks)
+    runs = {"ours": in_turn(step)}
+    if not args.ours_only:
+        step = theirs(shape, ranks.device)
+        runs["transformers"] = in_turn(step, args.rows, False)
+        runs["transformers, by length"] = in_turn(step, args.rows, True)
+    result, measured = interleave(runs, args.repeats, ranks.device), data[1:]   # the first batch warms up
+
     tokens = np.mean([sum(len(x.ids) for x in batch) for batch in measured])
     response = np.mean([sum(x.response.sum() for x in batch) for batch in measured])
-    rows = [batch[i:i + args.rows] for batch in measured for i in range(0, len(batch), args.rows)]
-    padded = sum(len(some) * max(len(x.ids) for x in some) for some in rows) / len(measured)
+    padded, sorted_padded = (np.mean([
+        sum(len(some) * max(len(x.ids) for x in some) for some in row_batches(batch, args.rows, by_length))
+        for batch in measured]) for by_length in (False, True))
     work = np.mean([train.flops(model, batch) for batch in measured])
     peak = next((v for k, v in train.PEAK_FLOPS.items() if ranks.device.type == "cuda"
                  and k in torch.cuda.get_device_name(ranks.device)), None)
     print(heading(ranks.device, *packages))
-    print(f"{args.shape}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {args.dtype}, compile "
-          f"{args.compile}; batches of {args.batch_size} samples, {tokens:.0f} tokens ({response:.0f} of response, "
-          f"{padded:.0f} padded) on average; medians of {args.repeats} interleaved steps")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.shape}, {parameters / 1e6:.0f}M parameters, {args.dtype}, compile {args.compile}, --micro-tokens "
+          f"{args.micro_tokens}, --rows {args.rows}; medians of {args.repeats} interleaved steps")
+    print(f"{args.batch_size} samples: {tokens:.0f} tokens, {response:.0f} of response; padded {padded:.0f}, by length "
+          f"{sorted_padded:.0f}")
     print("MFU: " + (f"of {peak / 1e12:.0f} TFLOP/s, dense bf16" if peak else "the peak of this device is not known"))
-    print(f"\n{'':14}  time ratio  memory ratio  tokens/s  response tokens/s   MFU   peak memory")
-    in_use = {name: 12 * sum(p.numel() for p in model.parameters()) for name, (_, model) in made.items()}   # all along:
-    memory = {name: in_use[name] + result[name][3] for name in made}      # weights, moments; in a step: what is above
-    for name, (time_ratio, _, seconds, _) in result.items():
-        mfu = f"{work / seconds / peak:4.0%}" if peak else "   -"
-        print(f"{name:14}  {time_ratio:10.2f}  {memory[name] / memory['ours']:12.2f}  {tokens / seconds:8.0f}  "
-              f"{response / seconds:17.0f}  {mfu}  {gigabytes(memory[name]):>12}")
+    print(f"\n{'':23}  time ratio  memory ratio  tokens/s  response tokens/s   MFU   peak memory")
+    first = 12 * parameters + result["ours"][3]                           # weights and moments, and what is above them
+    for name, (time_ratio, _, seconds, above) in result.items():
+        mfu, memory = f"{work / seconds / peak:4.0%}" if peak else "   -", 12 * parameters + above
+        print(f"{name:23}  {time_ratio:10.2f}  {memory / first:12.2f}  {tokens / seconds:8.0f}  "
+              f"{response / seconds:17.0f}  {mfu}  {gigabytes(memory):>12}")
 
 
 if __name__ == "__main__":

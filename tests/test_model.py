@@ -1,6 +1,7 @@
 """The model against transformers, packing against one sample at a time, adapters, generation, files against the library."""
 
 import json
+import math
 import subprocess
 import sys
 import types
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import LLAMA, tiny
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from data import Sample, collate
-from model import GPT, GPTConfig, linear_logprobs, load_safetensors, rope_frequencies, save_safetensors
+from data import Sample, bucket, collate, deal
+from model import GPT, GPTConfig, Packing, linear_logprobs, load_safetensors, rope_frequencies, save_safetensors
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -319,25 +322,148 @@ def test_an_empty_micro_batch_reaches_every_trainable_parameter_with_zero():
         assert len(trained) > 10 and all(p.grad is not None and p.grad.abs().sum() == 0 for p in trained)
 
 
-def test_log_probs_are_float32_under_autocast():
-    hidden, weight, targets = torch.randn(5, 8), torch.randn(11, 8), torch.randint(11, (5,))
-    exact = (hidden @ weight.T).log_softmax(-1)[torch.arange(5), targets]
-    torch.testing.assert_close(linear_logprobs(hidden, weight, targets), exact)
+def materialised(hidden, weight, targets):
+    return (hidden @ weight.T).log_softmax(-1)[torch.arange(len(targets)), targets]
+
+
+def head_gradients(logprobs, hidden, weight, targets, of_logp):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logp = logprobs(hidden, weight, targets)
+    logp.backward(of_logp)
+    return logp.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("N", [0, 1, 63, 64, 65, 300])
+@pytest.mark.parametrize("scale", [0.1, 3.0])                             # flat distributions, and ones with p near 0 and 1
+def test_chunks_have_the_log_probs_and_gradients_of_the_whole(monkeypatch, N, scale):
+    monkeypatch.setitem(model_module.CHUNK_BYTES, "cpu", 1)               # the least there is: 64 rows
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(N, 16), scale * torch.randn(211, 16), torch.randint(211, (N,))
+    if scale > 1 and N:
+        targets[::2] = (hidden @ weight.T).argmax(1)[::2]
+    of_logp = torch.randn(N) * (torch.rand(N) < 0.8)                      # some tokens have no weight
+    ours, exact = (head_gradients(f, hidden.to(dtype), weight.to(dtype), targets, of_logp.to(dtype))
+                   for f, dtype in ((linear_logprobs, torch.float32), (materialised, torch.float64)))
+    for a, b in zip(ours, exact):
+        assert a.dtype == torch.float32 and (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_the_heads_gradient_by_finite_differences():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(5, 4).double(), torch.randn(7, 4).double(), torch.randint(7, (5,))
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, targets), (hidden.requires_grad_(), weight.requires_grad_()))
+    assert torch.autograd.gradcheck(lambda h: linear_logprobs(h, weight.detach(), targets), (hidden,))       # frozen
+
+
+def test_under_autocast_log_probs_are_float32_and_only_products_are_rounded(monkeypatch):
+    monkeypatch.setitem(model_module.CHUNK_BYTES, "cpu", 1)
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(700, 64), torch.randn(300, 64) / 8, torch.randint(300, (700,))
+    of_logp = torch.rand(700)
+    exact = head_gradients(materialised, hidden, weight, targets, of_logp)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = linear_logprobs(hidden, weight, targets)
-    assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.1)
+        rounded = head_gradients(linear_logprobs, hidden, weight, targets, of_logp)
+    assert [x.dtype for x in rounded] == [torch.float32] * 3
+    assert (rounded[0] - exact[0]).abs().max() < 0.03                     # logits of up to 5 have bfloat16 steps of 1/32
+    for a, b in zip(rounded[1:], exact[1:]):
+        assert (a - b).norm() < 0.004 * b.norm()                          # the half of bfloat16's 1/128, though chunks add up
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation makes."""
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_never_holds_more_logits_than_a_chunk(monkeypatch, dtype):
+    N, V, d, rows = 1000, 500, 8, 100
+    monkeypatch.setitem(model_module.CHUNK_BYTES, "cpu", rows * V * dtype.itemsize)
+    hidden, weight, targets = torch.randn(N, d), torch.randn(V, d), torch.randint(V, (N,))
+    with LargestTensor() as largest, torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        head_gradients(linear_logprobs, hidden, weight, targets, torch.rand(N))
+    assert largest.numel == rows * V
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    assert sorted(t.numel() for t in saved) == sorted([N * d, V * d, N, N, N])   # its inputs, log-probs, log-sum-exps
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_compiled_model_equals_eager(lora):
-    model, samples = tiny(), random_samples(5)
+def test_blocks_compile_once_for_each_size_and_equal_eager(lora):
+    model, samples = tiny(), random_samples(40)
     if lora:
         model.add_lora(2, 4)
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
-    for some in (samples, samples[:2]):
-        for a, b in zip(packed_logp(model, some), packed_logp(compiled, some)):
-            torch.testing.assert_close(a, b)
+    batches = [[samples[i] for i in micro] for micro in deal([len(s.ids) for s in samples], 1, 128)[0]]
+    sizes = [bucket(sum(len(s.ids) for s in batch), 128) for batch in batches]
+    assert len(batches) > 3 and len(set(sizes)) == 2
+
+    def run(batch, size):
+        b = collate(batch, size)
+        model.zero_grad()
+        logp = model(b.input_ids, b.lengths, b.at, b.targets)
+        logp.sum().backward()
+        return [logp, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    eager = [run(batch, 1) for batch in batches]
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter)
+    counts = []
+    for batch, size, expected in zip(batches, sizes, eager):
+        torch.testing.assert_close(run(batch, size), expected, rtol=1e-4, atol=1e-5)
+        counts.append(counter.frame_count)
+    new = [size not in sizes[:i] for i, size in enumerate(sizes)]
+    assert counts[0] > 0 and [n > 0 for n in np.diff([0, *counts])] == new   # another size compiles, nothing else does
+    run(batches[0], sizes[-1] * 8)
+    before = counter.frame_count
+    run(batches[1], sizes[-1] * 8)
+    assert counter.frame_count == before
+
+
+def test_recomputed_blocks_give_the_same_gradient_and_keep_less():
+    model, b = tiny(num_hidden_layers=4), collate(random_samples(6))
+    gradients, kept = [], []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t):
+            logp = model(b.input_ids, b.lengths, b.at, b.targets)
+        kept.append(sum(sizes))
+        logp.sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(x, y) for x, y in zip(*gradients)) and kept[1] < kept[0] / 4
+
+
+def test_on_a_gpu_all_samples_go_to_one_varlen_kernel(monkeypatch):
+    """What the kernel is given, as far as a CPU can tell: a stand-in that does what torch's documentation says of it."""
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+        calls.append(window_size)
+        assert q.dtype == torch.bfloat16 and q.shape == k.shape == v.shape   # torch 2.11's has no grouped heads
+        assert cu_seq_q.dtype == torch.int32 and cu_seq_q[0] == 0 and cu_seq_q[-1] == len(q) and cu_seq_q is cu_seq_k
+        assert max_q == max_k == cu_seq_q.diff().max()
+        out = torch.empty_like(q)
+        for i, j in zip(cu_seq_q.tolist(), cu_seq_q[1:].tolist()):
+            score = torch.einsum("qnd,knd->nqk", q[i:j].float(), k[i:j].float()) / math.sqrt(q.shape[2])
+            score = score.masked_fill(torch.ones(j - i, j - i).triu(1) > 0, -math.inf)
+            out[i:j] = torch.einsum("nqk,knd->qnd", score.softmax(-1), v[i:j].float())
+        return out
+
+    calls, lengths = [], [5, 1, 9]
+    monkeypatch.setattr(model_module, "varlen_attn", varlen_attn)
+    q, k, v = (torch.randn(15, n, 8, dtype=torch.bfloat16) for n in (4, 2, 2))
+    packing = Packing(lengths, "cpu")
+    one_by_one = packing.attend(None, q, k, v)
+    packing.varlen = True
+    torch.testing.assert_close(packing.attend(None, q, k, v), one_by_one, rtol=0.02, atol=0.02)
+    assert calls == [(-1, 0)]                                             # causal: nothing to the right
+    packing.attend(None, q.float(), k.float(), v.float())                 # flash attention has no float32
+    assert len(calls) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,6 +556,20 @@ def test_drawn_tokens_follow_their_probabilities_and_their_seed():
             assert not torch.equal(drawn, torch.cat(model.generate([[5, 6]] * n, 1, temperature=temperature, seed=2)))
             frequency = torch.bincount(drawn, minlength=97) / n
             assert ((frequency - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-3).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_prompts_of_similar_length_run_together_and_change_nothing(monkeypatch, temperature):
+    model, rng, groups = tiny(), np.random.RandomState(0), []
+    prompts = [rng.randint(0, 97, n).tolist() for n in rng.randint(1, 40, size=12)]
+    together = model.generate(prompts, 8, temperature, stop=(3, 4), seed=5)
+    continuations = GPT.continuations
+    monkeypatch.setattr(GPT, "continuations", lambda self, some, *rest: groups.append([len(p) for p in some]) or continuations(
+        self, some, *rest))
+    monkeypatch.setattr(model_module, "CACHE_TOKENS", 100)
+    assert all(torch.equal(a, b) for a, b in zip(model.generate(prompts, 8, temperature, stop=(3, 4), seed=5), together))
+    assert sorted(sum(groups, [])) == sum(groups[::-1], []) == sorted(map(len, prompts)) and len(groups) > 3
+    assert all(len(g) == 1 or len(g) * (max(g) + 8) <= 100 for g in groups)
 
 
 @pytest.mark.parametrize("prompts,new,words", [([[]], 1, r"\[0\]"), ([[1] * 250], 7, "256 positions"), ([[1], []], 1, r"\[1, 0\]")])

@@ -15,6 +15,7 @@ from test_bft import reference
 from test_data import BAD_LINES
 from test_tokenizer import CHATML, build
 from tiny import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bft
 import train
@@ -359,7 +360,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, data_file, cap
 def test_fine_tuning_starts_from_the_model_given(tmp_path, monkeypatch, data_file):
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 2, "--out", tmp_path / "base") == 0
     assert call(monkeypatch, "--init", tmp_path / "base", "--data", data_file, "--steps", 1, "--lr", 1e-12, "--dtype", "float32",
-                "--out", tmp_path / "tuned", "--compile") == 0            # (and torch.compile runs the whole step)
+                "--out", tmp_path / "tuned") == 0
     a, b = (load_safetensors(tmp_path / x / "model" / "model.safetensors") for x in ("base", "tuned"))
     assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a)
     assert {p.name for p in (tmp_path / "tuned" / "model").iterdir()} == {
@@ -383,6 +384,59 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, data_file
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 2, "--objective", "sft", "--out", tmp_path / "run") == 1
     assert "error: step 1: loss nan" in capsys.readouterr().err
     assert metrics(tmp_path / "run") == [] and not (tmp_path / "run" / "model").exists()
+
+
+def test_when_steps_are_looked_at_changes_nothing(tmp_path, monkeypatch, data_file, capsys):
+    for every in (1, 3, 100):
+        assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 8, "--batch-size", 16, "--micro-tokens", 300, "--log-every",
+                    every, "--out", tmp_path / str(every)) == 0
+        shown = [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("bft step")]
+        assert shown == [f"{step}/8" for step in range(1, 9) if step in (1, 8) or step % every == 0]
+        assert metrics(tmp_path / str(every)) == metrics(tmp_path / "1")
+    rates = [x["tokens_per_s"] for x in metrics(tmp_path / "3", timings=True)]
+    assert rates[1] == rates[2] != rates[3] == rates[5] != rates[6]       # of the steps between two lines together
+
+
+def test_a_number_that_is_none_is_found_at_its_step_though_looked_at_later(tmp_path, monkeypatch, data_file, capsys):
+    calls = []
+    broken = bft.Objective(lambda logp, offsets, g: calls.append(0) or logp * (math.nan if len(calls) > 8 else 0) + 1,
+                           bft.every_sample_1, "tokens")                  # two calls a step: the loss, the log
+    monkeypatch.setitem(bft.OBJECTIVES, "sft", broken)
+    assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 20, "--objective", "sft", "--save-every", 3, "--out",
+                tmp_path / "run") == 1
+    assert "error: step 5: loss nan" in capsys.readouterr().err
+    assert [x["step"] for x in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [n for n, _ in train.checkpoints(tmp_path / "run")] == [3]     # step 6 came first, and was not saved
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what needs a value from the device before the program can go on."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+        assert not (function.overloadpacket.__name__ == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", bft.OBJECTIVES)
+def test_a_step_does_not_wait_for_the_device(objective, monkeypatch):
+    monkeypatch.setattr(bft, "_check", lambda *_: None)                   # looks at offsets where they lie on the CPU
+    model, batch = split_worker.setup(False)
+    optimizer, s = torch.optim.AdamW(model.parameters(), fused=True), train.Settings(micro_tokens=60)
+    with NoWaiting():
+        train.backward(model, batch, objective, s, train.Ranks("cpu"), torch.bfloat16)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with pytest.raises(AssertionError), NoWaiting():
+        torch.ones(1).sum().item()
+
+
+def test_compiled_and_recomputed_steps_equal_eager_ones(tmp_path, monkeypatch, data_file):
+    argv = [*SMALL, "--data", data_file, "--steps", 3, "--micro-tokens", 400]
+    for name, flags in (("eager", ["--no-compile"]), ("compiled", ["--compile"]), ("recomputed", ["--recompute"])):
+        assert call(monkeypatch, *argv, *flags, "--out", tmp_path / name) == 0
+    assert metrics(tmp_path / "recomputed") == metrics(tmp_path / "eager")
+    for a, b in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager")):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_learning_rate_rises_and_falls():
