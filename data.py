@@ -15,7 +15,6 @@ import argparse
 import gzip
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -470,12 +469,10 @@ def deal(lengths, world, micro_tokens):
 
 
 def bucket(tokens, micro_tokens):
-    """What a micro-batch is filled up to where its size is compiled in: a quarter, half, three quarters or all of
-    micro_tokens or, for one longer sample, micro_tokens times a power of two. So a run compiles only few sizes."""
+    """What a micro-batch is filled up to where its size is compiled in: the next quarter of micro_tokens. So a run has
+    four sizes to compile, and a few more if it has samples longer than micro_tokens."""
     quarter = -(-micro_tokens // 4)
-    if tokens <= micro_tokens:
-        return quarter * max(1, -(-tokens // quarter))
-    return micro_tokens * 2 ** math.ceil(math.log2(tokens / micro_tokens))
+    return quarter * max(1, -(-tokens // quarter))
 
 
 class Batch(NamedTuple):
@@ -487,15 +484,15 @@ class Batch(NamedTuple):
     offsets: torch.Tensor            # (S+1,) where each sample begins and ends in the N; stays on the CPU
 
     def to(self, device):
-        """On the device; from pinned memory, so that a GPU need not be waited for."""
+        """With its tensors on the device, but for `offsets`; to a GPU from pinned memory, without waiting."""
         move = lambda t: (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)   # noqa: E731
         return self._replace(**{k: move(getattr(self, k)) for k in ("input_ids", "at", "targets")})
 
 
 def collate(samples, size=1):
     """Packs samples into a Batch, filled up to `size` tokens with samples without response, none longer than the real
-    ones. So no samples at all become tokens that are nobody's response: the forward pass still reaches every parameter,
-    and DDP gets its zero gradients.
+    ones or 16. So no samples at all become tokens that are nobody's response: the forward pass still reaches every
+    parameter, and DDP gets its zero gradients.
     """
     lengths = [len(s.ids) for s in samples]
     fill, piece = max(0, size - sum(lengths)), max([16, *lengths])        # (positions may end soon after them)

@@ -188,7 +188,8 @@ class Packing:
     """Where packed samples lie in their tokens (T, ...), and attention within each of them."""
     def __init__(self, lengths, device, cache=None):
         self.lengths, self.cache = lengths, cache                         # S of them, which add up to T
-        self.varlen = torch.device(device).type == "cuda"
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.flash = self.on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
         self.offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)    # (S+1,)
         self.offsets = self.offsets.to(device, non_blocking=True)
         t = torch.arange(sum(lengths), dtype=torch.int32, device=device)
@@ -200,11 +201,12 @@ class Packing:
         if self.cache is not None:
             self.cache.keep(layer, *(y.split(self.lengths) for y in (k, v)))
         n, D = q.shape[1:]
-        if self.varlen and q.dtype != torch.float32 and D % 8 == 0:       # one FlashAttention kernel for all samples
+        if self.on_gpu and n != k.shape[1]:                               # not every kernel there knows grouped heads
             k, v = (y.repeat_interleave(n // y.shape[1], 1) for y in (k, v))
-            longest = max(self.lengths)
+        if self.flash and q.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= 256:
+            longest = max(self.lengths)                                   # one FlashAttention kernel for all samples
             return varlen_attn(q, k, v, self.offsets, self.offsets, longest, longest, window_size=(-1, 0))
-        # One by one. On a CPU nothing is faster (bench/RESULTS.md): padding and masks cost what is computed in vain.
+        # One by one: on a CPU faster than padding, length buckets and masks (bench/attention.py).
         samples = zip(*(y.transpose(0, 1)[None].split(self.lengths, 2) for y in (q, k, v)))   # (1, n, L, D) each
         y = [F.scaled_dot_product_attention(*sample, is_causal=True, enable_gqa=n != k.shape[1]) for sample in samples]
         return torch.cat(y, 2)[0].transpose(0, 1)
@@ -265,8 +267,8 @@ def linear_logprobs(hidden, weight, targets):
     With z = W h the log-prob of target y is z_y - lse(z), and its gradient with respect to z is onehot(y) - softmax(z).
     So all that backward needs of N x V logits are the N log-sum-exps: it computes the logits of a chunk of rows again,
     turns them into softmax(z) - onehot(y) in place, and multiplies that by W (gradient of h) and by h (of W). Neither
-    pass ever holds more than one chunk. The price is a fourth matrix product beside three. Products are in autocast's
-    dtype; the log-sum-exp, the log-probs and the sum of the weight's gradient over chunks are float32.
+    pass ever holds more than one chunk of logits. The price is a fourth matrix product beside three. Products are in
+    autocast's dtype; the log-sum-exp, the log-probs and the sum of the weight's gradient over chunks are float32.
     """
     return LinearLogprobs.apply(hidden, weight, targets)
 
@@ -280,7 +282,7 @@ class LinearLogprobs(torch.autograd.Function):
         logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         lse = torch.empty_like(logp)
         for rows, z in chunk_logits(hidden.to(ctx.dtype), weight.to(ctx.dtype)):
-            for part, its_lse in blocks(z, lse[rows]):
+            for part, its_lse in row_blocks(z, lse[rows]):
                 its_lse.copy_(logsumexp(part))
             logp[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
         ctx.save_for_backward(hidden, weight, targets, logp, lse)
@@ -292,37 +294,34 @@ class LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets, logp, lse = ctx.saved_tensors
         softmax_ = compiled(row_softmax_) if hidden.is_cuda else row_softmax_
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        scaled = (grad[:, None] * hidden).to(ctx.dtype)                   # (N, d)
-        grad_h, grad_weight = torch.empty_like(h), None
-        if ctx.needs_input_grad[1]:
-            grad_weight, product = torch.zeros_like(weight, dtype=logp.dtype), torch.empty_like(w)
+        scaled, grad_h = (grad[:, None] * hidden).to(ctx.dtype), torch.empty_like(h)        # (N, d)
+        grad_weight = torch.zeros_like(weight, dtype=logp.dtype) if ctx.needs_input_grad[1] else None
         for rows, z in chunk_logits(h, w):
-            for part, its_lse in blocks(z, lse[rows]):
+            for part, its_lse in row_blocks(z, lse[rows]):
                 softmax_(part, its_lse)
             z[torch.arange(len(z), device=z.device), targets[rows]] = logp[rows].expm1().to(z.dtype)   # p_y - 1
             torch.mm(z, w, out=grad_h[rows])
             if grad_weight is not None:
-                torch.mm(z.t(), scaled[rows], out=product)
-                for total, part in blocks(grad_weight, product):
-                    total.sub_(part)
+                for total, part in row_blocks(grad_weight, z.t()):
+                    total.sub_(torch.mm(part, scaled[rows]))
         return grad_h * -grad[:, None], grad_weight, None
 
 
 def chunk_logits(h, w):
     """Yields (rows, their logits) for equal chunks of the rows of h, CHUNK_BYTES at most, all in the same place."""
-    limit = max(64, CHUNK_BYTES[h.device.type] // (len(w) * w.itemsize))
+    limit = max(64, CHUNK_BYTES["cuda" if h.is_cuda else "cpu"] // (len(w) * w.itemsize))
     chunk = -(-len(h) // max(1, -(-len(h) // limit)))
-    place = h.new_empty(chunk, len(w))
+    place = h.new_empty(chunk, -(-len(w) // 64) * 64)[:, :len(w)]         # rows aligned as GPU's products like them
     for start in range(0, len(h), max(1, chunk)):
         rows = slice(start, min(start + chunk, len(h)))
         yield rows, torch.mm(h[rows], w.t(), out=place[:rows.stop - start])
 
 
-def blocks(wide, other):
-    """Pairs of blocks of rows. On a CPU few rows, so that float32 temporaries stay in its cache; on a GPU, where they
-    are fused away, all."""
-    rows = len(wide) if wide.is_cuda else max(1, 2 ** 20 // wide.shape[1])
-    return zip(wide.split(rows), other.split(rows))
+def row_blocks(a, b):
+    """Pairs of blocks of rows of two tensors, so that what is made of a block is small: on a CPU, small enough for its
+    cache, where fresh memory would cost more than the arithmetic."""
+    rows = max(1, 2 ** (25 if a.is_cuda else 20) // a.shape[1])
+    return zip(a.split(rows), b.split(rows))
 
 
 def row_logsumexp(z):                                                     # (n, V) -> (n,)
@@ -383,7 +382,8 @@ class GPT(nn.Module):
             rope = angle.cos(), angle.sin()
         recompute = self.recompute and torch.is_grad_enabled()
         for block in self.layers:
-            x = checkpoint(block, x, rope, packing, use_reentrant=False) if recompute else block(x, rope, packing)
+            x = block(x, rope, packing) if not recompute else \
+                checkpoint(block, x, rope, packing, use_reentrant=False, preserve_rng_state=False)
         return self.norm(x)
 
     def forward(self, input_ids, lengths=None, at=None, targets=None):
@@ -394,8 +394,11 @@ class GPT(nn.Module):
         return linear_logprobs(x.index_select(0, at), self.head, targets)  # (N,)
 
     def compile(self, **options):
-        """torch.compile, in place and block by block: all blocks share one graph for each number of tokens, attention
-        runs between the parts of it, and DDP can send a block's gradients as soon as they are there."""
+        """torch.compile, in place and block by block: blocks share the graphs, of which there is one for each number of
+        tokens (two with adapters: before the first block nothing needs a gradient). Attention runs between their parts.
+        """
+        torch._dynamo.config.recompile_limit = 64                         # of 8, after which new sizes run uncompiled
+        torch._dynamo.config.optimize_ddp = False                         # blocks as they are do overlap with DDP
         for block in self.layers:
             block.compile(dynamic=False, **options)
 

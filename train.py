@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -63,7 +62,8 @@ class Settings:
     epochs: int = flag(3, "passes over the data")
     steps: int = flag(0, "optimizer steps, in place of epochs; goes on into further epochs")
     batch_size: int = flag(32, "samples in a global batch, over all ranks and micro-batches")
-    micro_tokens: int = flag(8192, "tokens in a micro-batch of one rank, at most")
+    micro_tokens: int = flag(8192, "tokens in a micro-batch of one rank, at most; a longer sample is one by itself "
+                             "(compiled, a micro-batch is filled up to the next quarter of it)")
     max_length: int = flag(0, "tokens in a sample, at most; 0: what the model's positions allow")
     lr: float = flag(1e-5, "peak learning rate")
     min_lr: float = flag(0.0, "learning rate at the end of the cosine")
@@ -81,8 +81,8 @@ class Settings:
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / rank; 0: twice the rank")
     save_every: int = flag(0, "steps between checkpoints; 0: only at the end")
     eval_every: int = flag(0, "steps between validations; 0: only before the first step and after the last")
-    log_every: int = flag(10, "steps between lines on the terminal, until which a GPU is not waited for; metrics.jsonl "
-                          "has every step")
+    log_every: int = flag(10, "steps between lines on the terminal; only then is a GPU waited for, a line for each "
+                          "step written to metrics.jsonl, and a loss that is no number found")
     keep: int = flag(2, "checkpoints to keep")
     resume: bool = flag(True, "go on from the newest checkpoint in --out; --no-resume starts again over it",
                         action=argparse.BooleanOptionalAction)
@@ -296,19 +296,17 @@ def backward(net, batch, objective, s, ranks, dtype):
     return loss, sum(micros, []), torch.cat(statistics)                   # whose rows are these samples of the batch
 
 
-def settle(shares, sizes, ranks):
-    """[(loss, statistics (B, 4) as numpy), ...] of several whole global batches of the given sizes B: what `backward`
-    returned for them on each rank, put together. Here the device is waited for."""
-    table, ends = torch.zeros(len(sizes) + sum(sizes), 4, dtype=torch.float64), itertools.accumulate(sizes)
-    firsts = [len(sizes) + end - size for end, size in zip(ends, sizes)]  # below a row for each loss
-    for k, (first, (loss, samples, statistics)) in enumerate(zip(firsts, shares)):
-        table[k, 0] = loss
-        table[first + torch.tensor(samples, dtype=torch.int64)] = statistics.cpu()
+def settle(share, size, ranks):
+    """(loss, statistics (B, 4) as numpy) of a whole global batch of B = size samples, from what `backward` returned for
+    it on each rank. Here the device is waited for."""
+    loss, samples, statistics = share
+    table = torch.zeros(1 + size, 4, dtype=torch.float64)
+    table[0, 0], table[1 + torch.tensor(samples, dtype=torch.int64)] = loss, statistics.cpu()
     if ranks.world > 1:
         table = table.to(ranks.device)
         dist.all_reduce(table)                                            # each rank filled the rows of its own samples
     table = table.cpu().numpy()
-    return [(float(table[k, 0]), table[first:first + size]) for k, (first, size) in enumerate(zip(firsts, sizes))]
+    return float(table[0, 0]), table[1:]
 
 
 def train(s, objective, out, config, make_model, samples, val, extras, ranks):
@@ -384,9 +382,8 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
 
     def report(pending, tick):
         """Logs steps [(step, epoch, lr, batch, grad_norm, what `backward` returned), ...] that began at time tick."""
-        batches = [batch for _, _, _, batch, _, _ in pending]
-        whole = settle([share for *_, share in pending], list(map(len, batches)), ranks)
-        seconds = time.perf_counter() - tick
+        whole = [settle(share, len(batch), ranks) for _, _, _, batch, _, share in pending]
+        seconds, batches = time.perf_counter() - tick, [batch for _, _, _, batch, _, _ in pending]
         rate = sum(len(x.ids) for batch in batches for x in batch) / seconds
         mfu = peak and sum(flops(model, batch) for batch in batches) / seconds / peak / ranks.world
         memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else host_memory_gb()
@@ -411,14 +408,13 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
                 "min_group_confidence_p05": np.percentile(confidence, 5), "multi_window": np.mean(n > s.group_size),
                 "tokens_per_s": rate, "mfu": mfu, "memory_gb": memory})
         log(*lines)
-        eta = (time.perf_counter() - began) / (step - start) * (total - step)
+        eta = seconds / len(pending) * (total - step)
         ranks.print(f"{objective} step {step}/{total}  loss {loss:.4f}  nll {lines[-1]['nll']:.4f}  |g| {grad_norm:.3f}"
                     f"  lr {lr:.2e}  {rate:,.0f} tok/s  eta {eta // 60:.0f}:{eta % 60:02.0f}")
 
-    pending, began = [], time.perf_counter()
     if start == 0:
         validate(0)
-    tick = time.perf_counter()
+    pending, tick = [], time.perf_counter()
     for step in range(start, total):
         epoch, numbers = global_batch(step, len(samples), s.batch_size, s.seed)
         batch, lr = [samples[i] for i in numbers], learning_rate(step, total, s)
@@ -508,7 +504,7 @@ def demo(s, ranks):
     began, assets, dtype = time.perf_counter(), HERE / "assets", compute_dtype(s.dtype, ranks.device)
     tokenizer = load_tokenizer(assets)
     files = {"data": [assets / "pretrain.jsonl"], "tokenizer": [assets / "tokenizer.json"]}
-    shared = ("seed", "dtype", "device", "compile", "micro_tokens", "n_layer", "n_head", "n_embd")
+    shared = ("seed", "dtype", "device", "compile", "recompute", "micro_tokens", "n_layer", "n_head", "n_embd")
     b = Settings(**BASE, **{name: getattr(s, name) for name in shared})
     config = describe(b, "sft", files, ranks.device)
     key = [{k: v for k, v in config["settings"].items() if k not in INCIDENTAL}, config["sha256"],

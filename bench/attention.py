@@ -10,10 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import heading, interleave, print_rows, random_batch
+from measure import heading, interleave, medquad_batch, print_rows
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -57,11 +56,11 @@ def main():
     args = parser.parse_args()
     if args.dry:
         args.tokens, args.repeats = [1024], 1
-    device, rng = torch.device(args.device), np.random.RandomState(0)
-    print(f"{heading(device)}\n{args.dtype}, 9 heads of 64, 3 of keys and values; medians of {args.repeats} rounds")
+    device = torch.device(args.device)
+    print(f"{heading(device)}\n{args.dtype}, 9 heads of 64, 3 of keys and values; medians of {args.repeats} or more")
     for tokens in args.tokens:
         count = max(2, round(tokens / 280))                               # their mean, cut at 1,024
-        lengths = sorted((len(x.ids) for x in random_batch(2, count, 1024, rng)), reverse=True)
+        lengths = sorted((len(x.ids) for x in medquad_batch(2, count, 1024)), reverse=True)
         qkv = [torch.randn(sum(lengths), n, 64, device=device, dtype=getattr(torch, args.dtype)) for n in (9, 3, 3)]
         gradient = torch.randn_like(qkv[0])
 

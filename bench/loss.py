@@ -5,8 +5,9 @@ logits.
     python bench/loss.py --dry               # the same on tiny sizes, to see that it runs
 
 One step is a forward and a backward pass: hidden states (N, d) and a head (V, d) in float32 under bfloat16 autocast,
-rows of 1,024 tokens whose first 30% are a prompt. Ratios are time and peak memory over those of our `bft`, so that
-above 1 is worse than it; memory is what comes on top of the inputs, their gradients included.
+rows of 1,024 tokens whose first 30% are a prompt (of which ours computes no logits, the others do). Ratios are time and
+peak memory over those of our `bft`, so that above 1 is worse than it; memory is what comes on top of the inputs, their
+gradients included.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def main():
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    print(f"{heading(device)}\nd = {args.width}, {args.dtype}, medians of {args.repeats} interleaved steps")
+    print(f"{heading(device)}\nd = {args.width}, {args.dtype}, medians of {args.repeats} interleaved steps or more")
     growth = {}
     for V in args.vocab:
         for N in args.tokens:

@@ -24,25 +24,26 @@ PROMPTS = (14, 17, 18, 18, 19, 19, 20, 20, 20, 21, 21, 22, 22, 23, 23, 24, 25, 2
 
 
 def interleave(alternatives, repeats, device):
-    """Runs each of {name: function} in turn, `repeats` times after one to warm up. Returns {name: (time ratio, memory
-    ratio, seconds, bytes)}: medians over the rounds, ratios to the first of them; bytes in use at the peak above those
-    before, nan where they cannot be measured."""
+    """Runs each of {name: function} in turn, after once to warm up: `repeats` rounds, up to five times as many if they
+    take less than 20 s; each round begins with another of them. Returns {name: (time ratio, memory ratio, seconds,
+    bytes)}: medians over the rounds, ratios to the first; bytes in use at the peak above those before, nan where they
+    cannot be measured."""
     seconds, peaks = ({name: [] for name in alternatives} for _ in range(2))
-    for repeat in range(repeats + 1):
-        for name, function in alternatives.items():
+    order, began = list(alternatives), math.inf
+    while (rounds := len(seconds[order[0]]) - 1) < repeats or rounds < 5 * repeats and time.perf_counter() < began + 20:
+        for name in order[rounds % len(order):] + order[:rounds % len(order)]:
             before = start_of_peak(device)
             tick = time.perf_counter()
-            function()
+            alternatives[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            took = time.perf_counter() - tick
-            if repeat:
-                seconds[name].append(took)
-                peaks[name].append(math.nan if before is None else end_of_peak(device) - before)
-    first, median = next(iter(alternatives)), statistics.median
-    ratio = lambda of, name: median(a / b for a, b in zip(of[name], of[first]))   # noqa: E731   round by round
+            seconds[name].append(time.perf_counter() - tick)
+            peaks[name].append(math.nan if before is None else end_of_peak(device) - before)
+        began = min(began, time.perf_counter())
+    median = lambda of: statistics.median(of[1:])                         # noqa: E731   the first round warmed up
+    ratio = lambda of, name: median([a / b if b else math.nan for a, b in zip(of[name], of[order[0]])])   # noqa: E731
     return {name: (ratio(seconds, name), ratio(peaks, name), median(seconds[name]), median(peaks[name]))
-            for name in alternatives}
+            for name in order}
 
 
 def start_of_peak(device):
@@ -99,9 +100,11 @@ def print_rows(title, result):
               flush=True)
 
 
-def random_batch(vocab, batch_size, max_length, rng):
-    """Samples of random tokens; MedQuAD's lengths of prompts and of samples are not correlated (0.02)."""
-    lengths, prompts = (np.interp(rng.rand(batch_size), np.linspace(0, 1, 21), of).astype(int)
+def medquad_batch(vocab, batch_size, max_length):
+    """Samples of random tokens whose lengths are spread as MedQuAD's, in random order (those of prompts and samples are
+    not correlated there: 0.02)."""
+    rng, at = np.random.RandomState(0), (np.arange(batch_size) + 0.5) / batch_size
+    lengths, prompts = (rng.permutation(np.interp(at, np.linspace(0, 1, 21), of).astype(int))
                         for of in (LENGTHS, PROMPTS))
     return [Sample(rng.randint(vocab, size=n), np.arange(n) >= min(prompt, n - 1), None, 0)
             for n, prompt in zip(lengths.clip(2, max_length), prompts)]

@@ -5,20 +5,20 @@
     python bench/train.py --shape gpt2 --batch-size 256 --micro-tokens 32768 --rows 32    # an H100
     python bench/train.py --dry                            # tiny sizes, to see that it runs
 
-Both have the same shape (random weights), the same samples in the same batches, autocast and fused AdamW; only the
-lengths of the samples are real: those of MedQuAD in SmolLM2's tokens, cut at --max-length. Ours packs them into
---micro-tokens; transformers gets --rows samples at a time, padded to the longest: in the order they come, as from its
-Trainer by default, and sorted by length. A step is forward, backward, clipping, update. Ratios are to ours.
+Both have the same shape (random weights), the same batch of samples, autocast and fused AdamW; only the lengths of the
+samples are real: spread as MedQuAD's in SmolLM2's tokens, cut at --max-length. Ours packs them into --micro-tokens, and
+on a GPU is compiled. transformers gets --rows samples at a time, padded to the longest: in the order they come, and
+sorted by length; as its Trainer has it by default, it is not compiled. A step is forward, backward, clipping, update.
+Ratios are to ours.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from loss import materialised_bft
-from measure import gigabytes, heading, interleave, random_batch
+from measure import gigabytes, heading, interleave, medquad_batch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -76,7 +76,7 @@ def theirs(shape, device):
     optimizer = optimizer_of(model)
 
     def step(batch, dtype, rows, by_length):
-        total = 0.0
+        total = torch.zeros((), device=device)
         for some in row_batches(batch, rows, by_length):
             ids, mask = torch.zeros(2, len(some), max(len(x.ids) for x in some), dtype=torch.int64)
             labels = torch.full_like(ids, -100)
@@ -88,9 +88,9 @@ def theirs(shape, device):
                 logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
                 loss = materialised_bft(logits, labels.to(device)) * len(some) / len(batch)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         update(model, optimizer)
-        return total
+        return total.item()
     return step
 
 
@@ -118,34 +118,27 @@ def main():
     if not args.ours_only:
         import transformers
         packages = [transformers]
-    rng = np.random.RandomState(0)
-    data = [random_batch(shape["vocab_size"], args.batch_size, args.max_length, rng) for _ in range(args.repeats + 1)]
-    def in_turn(step, *options):
-        batches = iter(data)
-        return lambda: step(next(batches), dtype, *options)
-
+    batch = medquad_batch(shape["vocab_size"], args.batch_size, args.max_length)
     step, model = ours(shape, s, ranks)
-    runs = {"ours": in_turn(step)}
+    runs = {"ours": lambda: step(batch, dtype)}
     if not args.ours_only:
-        step = theirs(shape, ranks.device)
-        runs["transformers"] = in_turn(step, args.rows, False)
-        runs["transformers, by length"] = in_turn(step, args.rows, True)
-    result, measured = interleave(runs, args.repeats, ranks.device), data[1:]   # the first batch warms up
+        their_step = theirs(shape, ranks.device)
+        runs["transformers"] = lambda: their_step(batch, dtype, args.rows, False)
+        runs["transformers, by length"] = lambda: their_step(batch, dtype, args.rows, True)
+    result = interleave(runs, args.repeats, ranks.device)
 
-    tokens = np.mean([sum(len(x.ids) for x in batch) for batch in measured])
-    response = np.mean([sum(x.response.sum() for x in batch) for batch in measured])
-    padded, sorted_padded = (np.mean([
-        sum(len(some) * max(len(x.ids) for x in some) for some in row_batches(batch, args.rows, by_length))
-        for batch in measured]) for by_length in (False, True))
-    work = np.mean([train.flops(model, batch) for batch in measured])
+    tokens, response = (sum(map(of, batch)) for of in (lambda x: len(x.ids), lambda x: x.response.sum()))
+    padded, sorted_padded = (sum(len(some) * max(len(x.ids) for x in some) for some in
+                                 row_batches(batch, args.rows, by_length)) for by_length in (False, True))
+    work = train.flops(model, batch)
     peak = next((v for k, v in train.PEAK_FLOPS.items() if ranks.device.type == "cuda"
                  and k in torch.cuda.get_device_name(ranks.device)), None)
     print(heading(ranks.device, *packages))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.shape}, {parameters / 1e6:.0f}M parameters, {args.dtype}, compile {args.compile}, --micro-tokens "
-          f"{args.micro_tokens}, --rows {args.rows}; medians of {args.repeats} interleaved steps")
-    print(f"{args.batch_size} samples: {tokens:.0f} tokens, {response:.0f} of response; padded {padded:.0f}, by length "
-          f"{sorted_padded:.0f}")
+          f"{args.micro_tokens}, --rows {args.rows}; medians of {args.repeats} interleaved steps or more")
+    print(f"{args.batch_size} samples: {tokens} tokens, {response} of response; padded {padded}, by length "
+          f"{sorted_padded}")
     print("MFU: " + (f"of {peak / 1e12:.0f} TFLOP/s, dense bf16" if peak else "the peak of this device is not known"))
     print(f"\n{'':23}  time ratio  memory ratio  tokens/s  response tokens/s   MFU   peak memory")
     first = 12 * parameters + result["ours"][3]                           # weights and moments, and what is above them

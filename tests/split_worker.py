@@ -1,5 +1,5 @@
 """Run by test_train.py, alone or under torchrun: the gradient of one global batch in several layouts, by the loop's own
-`train.backward`; rank 0 saves {"objective micro_tokens adapters": (loss, gradient, statistics of each sample)}, of all weights and of adapters."""
+`train.backward`; rank 0 saves {"objective layout adapters": (loss, gradient, statistics of each sample)}, of all weights and of adapters."""
 
 import sys
 
@@ -43,12 +43,12 @@ def main(out, *layouts):
         model, batch = setup(adapters)
         net = DistributedDataParallel(model) if ranks.world > 1 else model
         for objective in bft.OBJECTIVES:
-            for micro_tokens in map(int, layouts):
+            for layout in layouts:                                        # micro_tokens, with a + filled up as for compiled blocks
                 model.zero_grad()
-                s = train.Settings(micro_tokens=micro_tokens, group_size=GROUP_SIZE)
+                s = train.Settings(micro_tokens=int(layout.rstrip("+")), compile="+" in layout, group_size=GROUP_SIZE)
                 share = train.backward(net, batch, objective, s, ranks, torch.float32)
-                (loss, statistics), = train.settle([share], [len(batch)], ranks)
-                results[f"{objective} {micro_tokens} {adapters}"] = (loss, gradient(model), torch.from_numpy(statistics))
+                loss, statistics = train.settle(share, len(batch), ranks)
+                results[f"{objective} {layout} {adapters}"] = (loss, gradient(model), torch.from_numpy(statistics))
     if ranks.rank == 0:
         torch.save(results, out)
     ranks.stop()

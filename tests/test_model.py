@@ -383,7 +383,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_never_holds_more_logits_than_a_chunk(monkeypatch, dtype):
-    N, V, d, rows = 1000, 500, 8, 100
+    N, V, d, rows = 1000, 512, 8, 100
     monkeypatch.setitem(model_module.CHUNK_BYTES, "cpu", rows * V * dtype.itemsize)
     hidden, weight, targets = torch.randn(N, d), torch.randn(V, d), torch.randint(V, (N,))
     with LargestTensor() as largest, torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
@@ -420,10 +420,28 @@ def test_blocks_compile_once_for_each_size_and_equal_eager(lora):
         counts.append(counter.frame_count)
     new = [size not in sizes[:i] for i, size in enumerate(sizes)]
     assert counts[0] > 0 and [n > 0 for n in np.diff([0, *counts])] == new   # another size compiles, nothing else does
-    run(batches[0], sizes[-1] * 8)
-    before = counter.frame_count
-    run(batches[1], sizes[-1] * 8)
-    assert counter.frame_count == before
+    for times in range(2, 8):                                             # more sizes than torch would compile by itself
+        run(batches[0], sizes[0] * times)
+        before = counter.frame_count
+        run(batches[1], sizes[0] * times)
+        assert counter.frame_count == before > counts[-1]
+        counts.append(before)
+
+
+def test_what_a_gpu_compiles_of_the_head_is_compiled_at_most_twice(monkeypatch):
+    monkeypatch.setitem(model_module.CHUNK_BYTES, "cpu", 1)
+    counters = {}
+    for name in ("row_logsumexp", "row_softmax_"):
+        counters[name] = CompileCounterWithBackend("aot_eager")
+        monkeypatch.setattr(model_module, name, torch.compile(getattr(model_module, name), backend=counters[name]))
+    torch.manual_seed(0)
+    for N in (64, 40, 63, 128, 101, 7):                                   # chunks of 64, 40, 63, 51, 50, 7 rows: one static, any
+        hidden, weight, targets = torch.randn(N, 8), torch.randn(50, 8), torch.randint(50, (N,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            for a, b in zip(head_gradients(linear_logprobs, hidden, weight, targets, torch.ones(N)),
+                            head_gradients(materialised, hidden, weight, targets, torch.ones(N))):
+                torch.testing.assert_close(a, b)
+    assert all(c.frame_count == 2 for c in counters.values())
 
 
 def test_recomputed_blocks_give_the_same_gradient_and_keep_less():
@@ -459,7 +477,7 @@ def test_on_a_gpu_all_samples_go_to_one_varlen_kernel(monkeypatch):
     q, k, v = (torch.randn(15, n, 8, dtype=torch.bfloat16) for n in (4, 2, 2))
     packing = Packing(lengths, "cpu")
     one_by_one = packing.attend(None, q, k, v)
-    packing.varlen = True
+    packing.on_gpu = packing.flash = True
     torch.testing.assert_close(packing.attend(None, q, k, v), one_by_one, rtol=0.02, atol=0.02)
     assert calls == [(-1, 0)]                                             # causal: nothing to the right
     packing.attend(None, q.float(), k.float(), v.float())                 # flash attention has no float32
