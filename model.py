@@ -266,9 +266,10 @@ def linear_logprobs(hidden, weight, targets):
 
     With z = W h the log-prob of target y is z_y - lse(z), and its gradient with respect to z is onehot(y) - softmax(z).
     So all that backward needs of N x V logits are the N log-sum-exps: it computes the logits of a chunk of rows again,
-    turns them into softmax(z) - onehot(y) in place, and multiplies that by W (gradient of h) and by h (of W). Neither
-    pass ever holds more than one chunk of logits. The price is a fourth matrix product beside three. Products are in
-    autocast's dtype; the log-sum-exp, the log-probs and the sum of the weight's gradient over chunks are float32.
+    turns them into softmax(z) - onehot(y) in place, and multiplies that by W (gradient of h) and by h (of W). There is
+    never more than one chunk of logits, and the last of the forward pass is still there when the backward pass begins.
+    The price is a fourth matrix product beside three, for all other chunks. Products are in autocast's dtype; the
+    log-sum-exp, the log-probs and the sum of the weight's gradient over chunks are float32.
     """
     return LinearLogprobs.apply(hidden, weight, targets)
 
@@ -281,11 +282,14 @@ class LinearLogprobs(torch.autograd.Function):
         logsumexp = compiled(row_logsumexp) if hidden.is_cuda else row_logsumexp
         logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         lse = torch.empty_like(logp)
-        for rows, z in chunk_logits(hidden.to(ctx.dtype), weight.to(ctx.dtype)):
+        last = None
+        for last in chunk_logits(hidden.to(ctx.dtype), weight.to(ctx.dtype)):
+            rows, z = last
             for part, its_lse in row_blocks(z, lse[rows]):
                 its_lse.copy_(logsumexp(part))
             logp[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
         ctx.save_for_backward(hidden, weight, targets, logp, lse)
+        ctx.last = last
         return logp
 
     @staticmethod
@@ -296,7 +300,8 @@ class LinearLogprobs(torch.autograd.Function):
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         scaled, grad_h = (grad[:, None] * hidden).to(ctx.dtype), torch.empty_like(h)        # (N, d)
         grad_weight = torch.zeros_like(weight, dtype=logp.dtype) if ctx.needs_input_grad[1] else None
-        for rows, z in chunk_logits(h, w):
+        last, ctx.last = ctx.last, None                                   # gone even if someone keeps the log-probs
+        for rows, z in chunk_logits(h, w, last):
             for part, its_lse in row_blocks(z, lse[rows]):
                 softmax_(part, its_lse)
             z[torch.arange(len(z), device=z.device), targets[rows]] = logp[rows].expm1().to(z.dtype)   # p_y - 1
@@ -307,14 +312,20 @@ class LinearLogprobs(torch.autograd.Function):
         return grad_h * -grad[:, None], grad_weight, None
 
 
-def chunk_logits(h, w):
-    """Yields (rows, their logits) for equal chunks of the rows of h, CHUNK_BYTES at most, all in the same place."""
+def chunk_logits(h, w, last=None):
+    """Yields (rows, their logits) for equal chunks of the rows of h, CHUNK_BYTES at most, all in the same place. What an
+    earlier call yielded `last` comes first and need not be computed."""
     limit = max(64, CHUNK_BYTES["cuda" if h.is_cuda else "cpu"] // (len(w) * w.itemsize))
     chunk = -(-len(h) // max(1, -(-len(h) // limit)))
-    place = h.new_empty(chunk, -(-len(w) // 64) * 64)[:, :len(w)]         # rows aligned as GPU's products like them
-    for start in range(0, len(h), max(1, chunk)):
-        rows = slice(start, min(start + chunk, len(h)))
-        yield rows, torch.mm(h[rows], w.t(), out=place[:rows.stop - start])
+    if last is None:
+        place = h.new_empty(chunk, -(-len(w) // 64) * 64)[:, :len(w)]     # rows aligned as GPUs' products like them
+    else:
+        place = last[1]
+        yield last
+    for stop in reversed(range(len(h), 0, -max(1, chunk))):               # the first may be smaller, the last never is
+        if last is None or stop < len(h):
+            rows = slice(max(0, stop - chunk), stop)
+            yield rows, torch.mm(h[rows], w.t(), out=place[:stop - rows.start])
 
 
 def row_blocks(a, b):
