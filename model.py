@@ -252,9 +252,9 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-# Bytes of logits that are held at a time. On a CPU the products run at full speed from some 256 rows on, and each chunk
-# adds a (V, d) product to the weight's gradient, which favours more; on a GPU both want thousands.
-CHUNK_BYTES = {"cpu": 2 ** 27, "cuda": 2 ** 29}
+# Bytes of logits that are held at a time. On a CPU the products run at full speed from some 256 rows on; more rows mean
+# fewer passes over the weight's gradient, and more that need not be computed twice. A GPU wants thousands.
+CHUNK_BYTES = {"cpu": 5 * 2 ** 25, "cuda": 2 ** 29}
 
 
 def linear_logprobs(hidden, weight, targets):
@@ -282,14 +282,14 @@ class LinearLogprobs(torch.autograd.Function):
         logsumexp = compiled(row_logsumexp) if hidden.is_cuda else row_logsumexp
         logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         lse = torch.empty_like(logp)
-        last = None
-        for last in chunk_logits(hidden.to(ctx.dtype), weight.to(ctx.dtype)):
+        h, w, last = hidden.to(ctx.dtype), weight.to(ctx.dtype), None
+        for last in chunk_logits(h, w):
             rows, z = last
             for part, its_lse in row_blocks(z, lse[rows]):
                 its_lse.copy_(logsumexp(part))
             logp[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
         ctx.save_for_backward(hidden, weight, targets, logp, lse)
-        ctx.last = last
+        ctx.kept = h, w, last
         return logp
 
     @staticmethod
@@ -297,10 +297,10 @@ class LinearLogprobs(torch.autograd.Function):
     def backward(ctx, grad):                                              # (N,) d loss / d logp
         hidden, weight, targets, logp, lse = ctx.saved_tensors
         softmax_ = compiled(row_softmax_) if hidden.is_cuda else row_softmax_
-        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        h, w, last = ctx.kept or (hidden.to(ctx.dtype), weight.to(ctx.dtype), None)
+        ctx.kept = None                                                   # gone even if someone keeps the log-probs
         scaled, grad_h = (grad[:, None] * hidden).to(ctx.dtype), torch.empty_like(h)        # (N, d)
         grad_weight = torch.zeros_like(weight, dtype=logp.dtype) if ctx.needs_input_grad[1] else None
-        last, ctx.last = ctx.last, None                                   # gone even if someone keeps the log-probs
         for rows, z in chunk_logits(h, w, last):
             for part, its_lse in row_blocks(z, lse[rows]):
                 softmax_(part, its_lse)
@@ -313,8 +313,8 @@ class LinearLogprobs(torch.autograd.Function):
 
 
 def chunk_logits(h, w, last=None):
-    """Yields (rows, their logits) for equal chunks of the rows of h, CHUNK_BYTES at most, all in the same place. What an
-    earlier call yielded `last` comes first and need not be computed."""
+    """Yields (rows, their logits) for equal chunks of the rows of h, CHUNK_BYTES at most, all in the same place. What
+    an earlier call yielded `last` comes first and need not be computed."""
     limit = max(64, CHUNK_BYTES["cuda" if h.is_cuda else "cpu"] // (len(w) * w.itemsize))
     chunk = -(-len(h) // max(1, -(-len(h) // limit)))
     if last is None:

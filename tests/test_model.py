@@ -394,9 +394,9 @@ def test_the_head_never_holds_more_logits_than_a_chunk(monkeypatch, dtype):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
             logp = linear_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets)
     assert sorted(t.numel() for t in saved) == sorted([N * d, V * d, N, N, N])   # its inputs, log-probs, log-sum-exps
-    assert logp.grad_fn.last[1].shape == (rows, V)                        # and a chunk, only until it has been used
+    assert logp.grad_fn.kept[2][1].shape == (rows, V)                       # and a chunk, only until it has been used
     first, second = (torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True) for _ in range(2))
-    assert logp.grad_fn.last is None
+    assert logp.grad_fn.kept is None
     torch.testing.assert_close(first, second)                             # (the order of chunks is another)
 
 
