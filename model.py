@@ -206,7 +206,7 @@ class Packing:
         if self.flash and q.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= 256:
             longest = max(self.lengths)                                   # one FlashAttention kernel for all samples
             return varlen_attn(q, k, v, self.offsets, self.offsets, longest, longest, window_size=(-1, 0))
-        # One by one: on a CPU faster than padding, length buckets and masks (bench/attention.py).
+        # One by one: on a CPU as fast as length buckets, faster than padding and masks (bench/RESULTS.md).
         samples = zip(*(y.transpose(0, 1)[None].split(self.lengths, 2) for y in (q, k, v)))   # (1, n, L, D) each
         y = [F.scaled_dot_product_attention(*sample, is_causal=True, enable_gqa=n != k.shape[1]) for sample in samples]
         return torch.cat(y, 2)[0].transpose(0, 1)
