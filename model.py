@@ -8,6 +8,7 @@ The loop feeds it *packed* samples: the tokens of several samples one after the 
 offsets where each begins. Attention and positions restart at every sample.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -15,6 +16,7 @@ import math
 import mmap
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,33 +83,42 @@ class GPTConfig:
                 raise ValueError(f"{key} {str(value)[:100]} is not supported; supported: "
                                  f"{', '.join(map(str, supported))}")
 
-        def number(key, default=None, kind=(int,), of=c):
+        # Larger sizes than any model has are refused before a module is made of them: 16,777,216, and 1,000 layers.
+        def number(key, default=None, kind=(int,), limit=2 ** 24, of=c):
             value = of.get(key, default)
-            if type(value) not in kind or not 0 < value < math.inf:
-                raise ValueError(f"{key} is {value!r}; expected a number above 0")
+            if type(value) not in kind or not 0 < value <= limit:
+                raise ValueError(f"{key} is {value!r}; expected a number above 0, {limit} at most")
             return value
 
-        real = (int, float)
+        def switch(key, default=False):
+            value = c.get(key, default)
+            if type(value) is not bool:
+                raise ValueError(f"{key} is {value!r}; expected true or false")
+            return value
+
+        real = {"kind": (int, float), "limit": sys.float_info.max}
         n_head, n_embd = number("num_attention_heads"), number("hidden_size")
         n_kv_head = n_head if gpt2 else number("num_key_value_heads", n_head)
         head_dim = n_embd // n_head if gpt2 else number("head_dim", 128 if qwen3 else n_embd // n_head)
-        if n_head % n_kv_head or head_dim % 2 and not gpt2 or gpt2 and n_embd % n_head:
+        if n_head % n_kv_head or head_dim % 2 and not gpt2 or gpt2 and n_embd % n_head or n_head * head_dim > 2 ** 24:
             raise ValueError(f"{n_head} heads of {head_dim}, {n_kv_head} key/value heads and width {n_embd} do not fit")
+        scaling = None if stretch == "default" else tuple(number(key, **real, of=rope) for key in (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        if scaling and not scaling[1] < scaling[2]:
+            raise ValueError(f"low_freq_factor {scaling[1]} is not below high_freq_factor {scaling[2]}")
         eos = c.get("eos_token_id", [])
         eos = tuple(eos) if isinstance(eos, list) else (eos,)
         if any(type(i) is not int for i in eos):
             raise ValueError(f"eos_token_id is {hf['eos_token_id']!r}; expected a number or a list of them")
         return cls(
-            vocab_size=number("vocab_size"), n_layer=number("num_hidden_layers"), n_head=n_head, n_kv_head=n_kv_head,
-            head_dim=head_dim, n_embd=n_embd, n_ff=number("intermediate_size", 4 * n_embd if gpt2 else None),
-            max_positions=number("max_position_embeddings"), norm="layer" if gpt2 else "rms",
-            norm_eps=number("rms_norm_eps", 1e-5 if gpt2 else 1e-6, real),
-            rope_theta=None if gpt2 else number("rope_theta", kind=real, of=rope),
-            rope_scaling=None if stretch == "default" else tuple(number(key, kind=real, of=rope) for key in (
-                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
-            gated=not gpt2, qkv_bias=gpt2 or qwen2 or c.get("attention_bias", False),
-            o_bias=gpt2 or not qwen2 and c.get("attention_bias", False), mlp_bias=gpt2 or c.get("mlp_bias", False),
-            qk_norm=qwen3, tie_embeddings=c.get("tie_word_embeddings", gpt2), eos_token_ids=eos, hf=hf)
+            vocab_size=number("vocab_size"), n_layer=number("num_hidden_layers", limit=1000), n_head=n_head,
+            n_kv_head=n_kv_head, head_dim=head_dim, n_embd=n_embd, max_positions=number("max_position_embeddings"),
+            n_ff=number("intermediate_size", 4 * n_embd if gpt2 else None), norm="layer" if gpt2 else "rms",
+            norm_eps=number("rms_norm_eps", 1e-5 if gpt2 else 1e-6, **real),
+            rope_theta=None if gpt2 else number("rope_theta", **real, of=rope), rope_scaling=scaling,
+            gated=not gpt2, qkv_bias=gpt2 or qwen2 or switch("attention_bias"),
+            o_bias=gpt2 or not qwen2 and switch("attention_bias"), mlp_bias=gpt2 or switch("mlp_bias"),
+            qk_norm=qwen3, tie_embeddings=switch("tie_word_embeddings", gpt2), eos_token_ids=eos, hf=hf)
 
 
 class RMSNorm(nn.Module):
@@ -518,8 +529,6 @@ class GPT(nn.Module):
             shards[-1][name], room = t, room - t.nbytes
         files = ["model.safetensors"] if len(shards) == 1 else \
             [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        for old in directory.glob("model*.safetensors*"):                 # a model that was here before
-            old.unlink()
         tensors = (t for _, t in self.export())
         for file, shard in zip(files, shards):
             save_safetensors(shard, directory / file, itertools.islice(tensors, len(shard)))
@@ -531,6 +540,10 @@ class GPT(nn.Module):
         dtype = self.file_dtypes.get(TIED, self.embed_tokens.weight.dtype)
         write_whole(directory / "config.json", [json.dumps(               # last: without it the directory is unfinished
             {**self.config.hf, key: str(dtype).removeprefix("torch.")}, indent=2).encode()])
+        written = {*files, "model.safetensors.index.json" if len(shards) > 1 else ""}
+        for old in directory.glob("model*.safetensors*"):                 # of a model that was here before
+            if old.name not in written:
+                old.unlink()
 
     @classmethod
     def from_pretrained(cls, directory_or_hub_id):
@@ -712,11 +725,29 @@ def iterate_safetensors(path):
             yield name, torch.frombuffer(pages, dtype=torch.uint8)[:size].view(dtype).view(shape)
 
 
-def write_whole(path, chunks):
-    """Writes an iterable of bytes under a temporary name, then renames: path holds all of it or what it held before."""
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write, under a temporary name that becomes `path` when all is written and on the disk: path
+    holds what it is given or what it held before, even if the power fails. Raises OSError naming path."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as f:
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        directory = os.open(temporary.parent, os.O_RDONLY)                # the new name, too, must be on the disk
+        os.fsync(directory)
+        os.close(directory)
+    except BaseException as e:
+        temporary.unlink(missing_ok=True)                                 # a full disk has room again
+        cause = e if isinstance(e, OSError) else e.__context__            # torch.save puts an error of its own on top
+        if isinstance(e, Exception) and isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise
+
+
+def write_whole(path, chunks):
+    """Writes an iterable of bytes to path, whole or not at all: see `replacing`."""
+    with replacing(path) as f:
         f.writelines(chunks)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
