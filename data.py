@@ -12,13 +12,16 @@ group that evaluations report by:
 """
 
 import argparse
+import codecs
 import gzip
 import itertools
 import json
 import os
 import re
+import signal
 import sys
 import time
+import traceback
 import unicodedata
 import zlib
 from pathlib import Path
@@ -40,22 +43,38 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Calls main(); a user's mistake becomes one line on stderr and exit code 2, without a traceback.
+    """Calls main(), then exits: with 2 after a user's mistake, with 1 where a file cannot be read or written, each said
+    in one line on stderr, without a traceback; with 130 after SIGINT and 143 after SIGTERM, as a shell has it.
 
-    Under torchrun every rank makes the same mistake and rank 0 should be the one to say so. The first to exit has the
-    others killed, so they leave it some time; who is then still alive had a mistake of its own.
+    Under torchrun the first rank to exit is named as the cause and has the others killed. Who only lost a peer is not
+    the cause, and a user's mistake, which every rank makes, is for rank 0 to say: these give the others some time.
     """
-    code = 0
+    code, error, patient = 0, None, False
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))               # an exception: no file is left half-written
     try:
         main()
     except SystemExit as e:
         code = e.code
+    except KeyboardInterrupt:
+        code = 130
     except UserError as e:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        code = 2
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        code, error, patient = 2, str(e), rank > 0
+    except OSError as e:
+        code, error = 1, f"{e.filename}: {e.strerror}" if e.filename else str(e)
+    except Exception as e:
+        if world == 1:
+            raise
+        code, patient = 1, re.search("gloo|NCCL", str(e)) is not None     # what both say when a connection breaks
+        error = f"rank {rank} lost another rank: {e}" if patient else None
+        if not patient:
+            traceback.print_exc()
+    if patient:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    if error:
+        print("error: " + " ".join(error.split())[:1000], file=sys.stderr, flush=True)
+    if world > 1:
         # Everything is written. With gloo the interpreter's own teardown now and then aborts ("terminate called without
         # an active exception": seen in 1 of some 20 runs on three ranks), and torchrun would call the run a failure.
         sys.stdout.flush()
@@ -104,9 +123,10 @@ class Tokenizer:
                 continue
             part = unicodedata.normalize("NFC", part) if self.nfc else part
             raw = part.encode(errors="replace")
-            if self.missing and len(raw.translate(None, self.missing)) < len(raw):   # after the cut, before merges
-                pieces = (p.encode(errors="replace").translate(None, self.missing)
-                          for p in regex.findall(self.encoding._pat_str, part))
+            # Bytes that are no token go after the cut, before merges; and tiktoken's own cut dies of a million spaces.
+            if self.missing and len(raw.translate(None, self.missing)) < len(raw) or len(part) > 500_000:
+                pieces = (p.group().encode(errors="replace").translate(None, self.missing)
+                          for p in regex.finditer(self.encoding._pat_str, part))
                 ranks = [rank for p in pieces if p for rank in self.encoding._encode_single_piece(p)]
             else:
                 ranks = self.encoding.encode_ordinary(part)
@@ -171,7 +191,7 @@ def load_tokenizer(name_or_path):
         encoding = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         return Tokenizer(encoding, find_eos(path.parent, special | vocab), special, [vocab[token] for token in tokens],
                          [t["content"] for t in added if not t["special"]], bool(normalizers), missing, path)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is not a tokenizer.json that we can read: {e!r}") from None
 
 
@@ -204,7 +224,7 @@ def find_eos(directory, ids):
         path, known = directory / file, set(ids.values())
         try:
             eos = json.loads(path.read_bytes()).get(key) if path.is_file() else None
-        except (ValueError, AttributeError) as e:
+        except (ValueError, AttributeError, RecursionError) as e:
             raise UserError(f"{path} is not a configuration that we can read: {e}") from None
         eos = eos.get("content") if isinstance(eos, dict) else eos
         eos = [ids.get(eos)] if isinstance(eos, str) else eos if isinstance(eos, list) else [eos]
@@ -234,21 +254,36 @@ SHAPES = ('{"prompt", "response"}, {"messages": [{"role", "content"}, ...]}, {"i
           'or {"text"}')
 
 
+LINE_BYTES = 2 ** 24                                                      # some four million tokens
+
+
 def read_jsonl(path):
-    """Yields (line number, object) of a JSONL or .jsonl.gz file; blank lines hold nothing. Raises UserError."""
+    """Yields (line number, object) of a JSONL or .jsonl.gz file; blank lines hold nothing, nor does a byte order mark.
+    Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     number, found = 0, False
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            for number, line in enumerate(f, 1):
+            while line := f.readline(LINE_BYTES + 1):
+                number += 1
+                if len(line) > LINE_BYTES:                                # of another kind of file, without an end
+                    raise UserError(f"{path}:{number}: a line of more than {LINE_BYTES >> 20} MiB; expected one JSON "
+                                    "object a line")
+                line = line.removeprefix(codecs.BOM_UTF8)
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line.decode("utf-8"))
+                    if b"\\ud" in line or b"\\uD" in line:                # halves of characters can be written alone
+                        json.dumps(row, ensure_ascii=False).encode("utf-8")
                 except UnicodeDecodeError as e:
                     raise UserError(f"{path}:{number}: not UTF-8 at byte {e.start} of the line") from None
+                except UnicodeEncodeError as e:
+                    half = ascii(e.object[e.start])
+                    raise UserError(f"{path}:{number}: {half} is half a character (a lone surrogate); expected Unicode "
+                                    "text") from None
                 except (ValueError, RecursionError) as e:
                     raise UserError(f"{path}:{number}: not JSON: {e}; expected one JSON object a line") from None
                 if not isinstance(row, dict):

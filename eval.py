@@ -35,15 +35,18 @@ from model import GPT, autocast, compute_dtype, find_directory, read_config, wei
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")                                 # its sizes are as they come
-def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256):
+def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256, stopped=lambda: False):
     """Log-likelihood of each sample's response tokens: (S, 3) float64: sum of log p, number of tokens, C_b.
 
-    Micro-batches are formed first and dealt to the ranks then, so the figures do not depend on how many there are.
+    Micro-batches are formed first and dealt to the ranks then, so the figures do not depend on how many there are. Once
+    stopped() says True the rest is left undone, and what is returned is of no use.
     """
     device = next(model.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     table = torch.zeros(len(samples), 3, dtype=torch.float64, device=device)
     for micro in deal([len(s.ids) for s in samples], 1, micro_tokens)[0][rank::world]:
+        if stopped():
+            break
         batch = collate([samples[i] for i in micro]).to(device)
         with autocast(device, dtype):
             logp = model(batch.input_ids, batch.lengths, batch.at, batch.targets)   # (N,)
@@ -245,7 +248,7 @@ def generation_config(directory):
     path = Path(directory, "generation_config.json")
     try:
         return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is not a generation configuration that we can read: {e}") from None
 
 
@@ -289,8 +292,9 @@ def main():
     for name in ("group_size", "max_length", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
-    if not Path(args.out).resolve().parent.is_dir() or Path(args.out).is_dir():
-        raise UserError(f"--out {args.out}: expected a file in a directory that is there")
+    out = Path(args.out).resolve()
+    if not os.access(out.parent, os.W_OK | os.X_OK) or out.is_dir():
+        raise UserError(f"--out {args.out}: expected a file in a directory that is there and can be written to")
     device = find_device(args.device)
     dtype, output = compute_dtype(args.dtype, device), {"models": args.models, "tasks": []}
     opened = {path: open_model(path, args.tokenizer) for path in args.models}
@@ -331,7 +335,7 @@ def main():
         return
     for task, file, result in zip(args.tasks, args.data, results):
         output["tasks"].append({"task": task, "data": file, "rows": summarise(task, result), "items": result})
-    write_whole(args.out, [json.dumps(output, indent=1).encode()])
+    write_whole(out, [json.dumps(output, indent=1).encode()])
     for t in output["tasks"]:
         print_table(t["rows"], f"{t['task']}: {t['data']}")
     print(f"\nper-item scores: {args.out}")
