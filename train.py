@@ -15,11 +15,14 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -37,7 +40,7 @@ from data import (
 from eval import (
     choice_items, find_device, generation_config, load_weights, open_model, score, segment_sum, stop_ids, summarise
 )
-from model import GPT, GPTConfig, autocast, compute_dtype, weight_files, write_whole
+from model import GPT, GPTConfig, autocast, compute_dtype, replacing, weight_files, write_whole
 
 
 HERE = Path(__file__).resolve().parent
@@ -95,9 +98,10 @@ class Settings:
     n_embd: int = flag(128, "with --init scratch: width")
 
 
-# A run that differs in one of these is the same run: they change how it is computed or shown, not what.
-INCIDENTAL = {"out", "micro_tokens", "compile", "recompute", "save_every", "eval_every", "log_every", "keep", "resume",
-              "device"}
+# What may differ when a run goes on: of no account, and what changes no more than the rounding of its numbers.
+NO_ACCOUNT = {"out", "save_every", "eval_every", "log_every", "keep", "resume"}
+ROUNDING = {"micro_tokens", "compile", "recompute", "device", "world_size", "git_commit", "python", "torch", "numpy",
+            "tiktoken"}
 
 
 def parse_settings(argv):
@@ -153,20 +157,46 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    def stop(self):
-        # gloo's joins threads that may wait for the interpreter's lock, which it holds: exiting ends them as well.
-        if self.world > 1 and self.device.type == "cuda":
-            dist.destroy_process_group()
+            store, rank, world = next(dist.rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":            # torchrun restarts with the store as it was,
+                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")   # where dead processes' addresses are
+                store = dist.PrefixStore(f"restart {restart}", store)     # (each node counts for itself)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", store=store,
+                                    rank=rank, world_size=world)
 
     def print(self, *words):
         if self.rank == 0:
             print(*words, flush=True)
 
-    def barrier(self):
+    def largest(self, number):
+        """The largest of the integers that the ranks bring, over gloo: no GPU is waited for."""
+        number = torch.tensor(number, dtype=torch.int64)
         if self.world > 1:
-            dist.barrier()
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def barrier(self):
+        self.largest(0)
+
+
+class Stop:
+    """Keeps SIGTERM and SIGINT in `signal` until someone looks (0: none came). A second SIGINT quits at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = {number: signal.signal(number, self.keep) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def keep(self, number, frame):
+        if number == self.signal == signal.SIGINT:
+            os._exit(130)
+        self.signal = int(number)
+
+    def __exit__(self, error, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.signal and error not in (None, SystemExit):               # no one will look any more
+            signal.raise_signal(self.signal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,23 +226,36 @@ def describe(s, objective, files, device):
             "sha256": {name: sha256(*paths) for name, paths in files.items()}}
 
 
+def differences(old, new):
+    """Where two contents of config.json differ, as phrases: (what makes another run, what changes rounding alone)."""
+    def flat(config):
+        return {**config["settings"], **config["versions"], **config["sha256"], **{key: config[key] for key in (
+            "objective", "dtype", "device", "world_size", "git_commit")}}
+
+    a, b, found = flat(old), flat(json.loads(json.dumps(new))), ([], [])
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) != b.get(key) and key not in NO_ACCOUNT:
+            found[key in ROUNDING].append(f"another content of {key}" if key in new["sha256"] and key in old["sha256"]
+                                          else f"{key} {a.get(key)!r}, now {b.get(key)!r}")
+    return found
+
+
 def same_run(out, config, resume):
     """Raises UserError if `out` is not ours to write to: something else than a run or, where it would be resumed, a
-    run that differs in more than what is incidental."""
+    run that differs in more than what changes its rounding."""
+    parent = next(p for p in (out, *out.parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"--out {out}: {parent} is a file; expected a new path, or a run")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {parent} cannot be written to; expected a directory that can")
     try:
-        old = json.loads((out / "config.json").read_bytes())
-        a = {**old["settings"], **old["sha256"], "objective": old["objective"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        if file := next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None):
-            raise UserError(f"--out {out}: {file} is a file; expected a new path, or a run") from None
+        another, _ = differences(json.loads((out / "config.json").read_bytes()), config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         if out.exists() and any(out.iterdir()):
             raise UserError(f"--out {out} is there and is no run directory; expected a new path, or a run") from None
         return
-    b = {**json.loads(json.dumps(config["settings"])), **config["sha256"], "objective": config["objective"]}
-    wrong = [f"{k} {a.get(k)!r}, now {b.get(k)!r}" for k in sorted(a.keys() | b.keys())
-             if a.get(k) != b.get(k) and k not in INCIDENTAL]
-    if resume and wrong:
-        raise UserError(f"--out {out} holds another run ({'; '.join(wrong)}); name another --out, or --no-resume to "
+    if resume and another:
+        raise UserError(f"--out {out} holds another run ({'; '.join(another)}); name another --out, or --no-resume to "
                         "start again over it")
 
 
@@ -222,19 +265,50 @@ def checkpoints(out):
     return sorted((int(n), p) for n, p in found if n.isdigit())
 
 
-def save_checkpoint(out, step, model, optimizer, keep):
-    """Whole or not at all: a temporary name, fsync, rename. Called by rank 0."""
-    (out / "checkpoint").mkdir(exist_ok=True)
-    path = out / "checkpoint" / f"step-{step}.pt"
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        torch.save({"step": step, "model": trained, "optimizer": optimizer.state_dict()}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+def save_checkpoint(out, step, trained, optimizer, keep):
+    """Whole or not at all, then the ones before the last `keep` go. Called by rank 0."""
+    with replacing(out / "checkpoint" / f"step-{step}.pt") as f:
+        torch.save({"step": step, "model": {name: p.detach() for name, p in trained.items()},
+                    "optimizer": optimizer.state_dict()}, f)
     for _, old in checkpoints(out)[:-keep]:
         old.unlink()
+
+
+def load_checkpoint(step, path, trained, optimizer):
+    """Gives the parameters {name: parameter} and the optimizer what they had at that step. Raises an exception of any
+    kind if the file is damaged, or another model's."""
+    with zipfile.ZipFile(path) as whole:                                  # torch reads what a disk garbled as it is
+        if part := whole.testzip():
+            raise ValueError(f"{part} is damaged")
+    state = torch.load(path, map_location="cpu", weights_only=True)       # (a GPU may have no room for it twice)
+    if state["step"] != step or {name: (p.shape, p.dtype) for name, p in state["model"].items()} != {
+            name: (p.shape, p.dtype) for name, p in trained.items()}:
+        raise ValueError("it is of another step or another model")
+    optimizer.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(state["model"][name])
+
+
+def load_newest(out, trained, optimizer):
+    """Loads the newest checkpoint that can be; those that cannot be are renamed. Returns its step, 0 if there are none.
+    Raises UserError if none of them can be loaded. Called by rank 0."""
+    damaged = []
+    for step, path in reversed(checkpoints(out)):
+        try:
+            load_checkpoint(step, path, trained, optimizer)
+        except Exception as e:                                            # whatever a damaged file leads to
+            damaged.append((path, " ".join(f"{type(e).__name__}: {e}".split())[:200]))
+            continue
+        for other, why in damaged:
+            print(f"warning: {other} cannot be loaded ({why}), so this goes on from step {step}; it is now called "
+                  f"{other.name}.damaged", flush=True)
+            os.replace(other, f"{other}.damaged")
+        return step
+    if damaged:
+        reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged)
+        raise UserError(f"no checkpoint of {out} can be loaded ({reasons}); --no-resume starts again over it")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,9 +377,8 @@ def settle(share, size, ranks):
     table = torch.zeros(1 + size, 4, dtype=torch.float64)
     table[0, 0], table[1 + torch.tensor(samples, dtype=torch.int64)] = loss, statistics.cpu()
     if ranks.world > 1:
-        table = table.to(ranks.device)
         dist.all_reduce(table)                                            # each rank filled the rows of its own samples
-    table = table.cpu().numpy()
+    table = table.numpy()
     return float(table[0, 0]), table[1:]
 
 
@@ -319,7 +392,8 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
     s = replace(s, compile=device.type == "cuda" if s.compile is None else s.compile)
     total = s.steps or s.epochs * math.ceil(len(samples) / s.batch_size)
     found = checkpoints(out) if s.resume else []
-    if found and found[-1][0] == total and (out / "model" / "config.json").is_file():
+    finished = found and found[-1][0] == total and (out / "model" / "config.json").is_file()
+    if ranks.largest(bool(finished) if ranks.rank == 0 else 0):           # what rank 0 sees; disks may be slow to agree
         ranks.print(f"{out}: finished, {total} steps; nothing to do")
         return out / "model"
     torch.manual_seed(s.seed)
@@ -328,47 +402,64 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         model.cast(dtype).add_lora(s.lora_rank, s.lora_alpha or 2 * s.lora_rank)
     else:
         model.float()                                                     # autocast does the rest
-    ranks.barrier()                                                       # every rank has looked before any writes
-    if ranks.rank == 0:
-        if not s.resume and out.is_dir():
-            for old in ("checkpoint", "model"):
-                shutil.rmtree(out / old, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "config.json", [json.dumps(config, indent=2).encode()])
-
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for p in trained.values() if p.dim() >= 2]
     others = [p for p in trained.values() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": s.weight_decay},
                                    {"params": others, "weight_decay": 0.0}], lr=s.lr, betas=(0.9, 0.95), fused=True)
-    start = 0
-    if found:
-        state = torch.load(found[-1][1], map_location=device, weights_only=True)
-        model.load_state_dict({**model.state_dict(), **state["model"]})
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    if ranks.rank == 0:                                                   # the log goes on where the checkpoint is
-        path = out / "metrics.jsonl"
-        old = path.read_text().splitlines() if start and path.is_file() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]   # whole lines
-        write_whole(path, [(line + "\n").encode() for line in kept])
+
+    ranks.barrier()                                                       # every rank has looked before any writes
+    start = ranks.largest(load_newest(out, trained, optimizer) if s.resume and ranks.rank == 0 else 0)
+    if start and ranks.rank > 0:
+        load_checkpoint(start, out / "checkpoint" / f"step-{start}.pt", trained, optimizer)
+    validated = False                                                     # at that step
+    if ranks.rank == 0:
+        if not s.resume and out.is_dir():
+            for old in ("checkpoint", "model"):
+                shutil.rmtree(out / old, ignore_errors=True)
+        (out / "checkpoint").mkdir(parents=True, exist_ok=True)
+        for old in (out / "checkpoint").glob("*.tmp"):                    # of a run that was killed while it wrote
+            old.unlink()
+        lines = []
+        if start:
+            old = json.loads((out / "config.json").read_bytes())
+            _, changed = differences(old, config)
+            if changed:
+                ranks.print(f"warning: {out} goes on with other rounding: {'; '.join(changed)}")
+            earlier = old.pop("earlier", [])                              # which steps were made how
+            config = {**config, "earlier": earlier + [{"to_step": start, **old}] * bool(changed)}
+            lines = read_metrics(out / "metrics.jsonl", start)            # the log goes on where the checkpoint is
+            validated = any("val_nll" in line for line in lines if line["step"] == start)
+        write_whole(out / "config.json", [json.dumps(config, indent=2).encode()])
+        write_whole(out / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
+    validated = ranks.largest(validated)
     if s.compile:
         model.compile()
     net, model.recompute = model, s.recompute
     if ranks.world > 1:
         net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                       gradient_as_bucket_view=True)       # or gradients are there twice
+        # After its first backward pass DDP lays out its buckets anew, in the order in which gradients came, and then
+        # sums over ranks in another order. So one that is not counted comes first, wherever a run starts.
+        empty = collate([], bucket(0, s.micro_tokens) if s.compile else 1).to(device)
+        with autocast(device, dtype):
+            net(empty.input_ids, empty.lengths, empty.at, empty.targets).sum().backward()
+        optimizer.zero_grad(set_to_none=True)
 
     def log(*lines):
         if ranks.rank == 0:
             with open(out / "metrics.jsonl", "a") as f:
                 f.writelines(json.dumps(line) + "\n" for line in lines)
+                f.flush()
+                os.fsync(f.fileno())                                      # before a checkpoint says that they are there
 
     def validate(step):
-        if val:
-            table = score(model, val, dtype, s.micro_tokens, s.group_size)
+        """Returns the number of the signal that cut it short, if one did."""
+        table = score(model, val, dtype, s.micro_tokens, s.group_size, lambda: stop.signal)
+        if not (cut := ranks.largest(stop.signal)):
             log({"step": step, "val_nll": -table[:, 0].sum() / table[:, 1].sum()})
             ranks.print(f"{objective} step {step}/{total}  val_nll {-table[:, 0].sum() / table[:, 1].sum():.4f}")
+        return cut
 
     multi_window = np.mean([x.response.sum() > s.group_size for x in samples])
     ranks.print(f"{out}: {objective} from step {start} to {total}, {len(samples)} samples, batch {s.batch_size}, "
@@ -380,8 +471,11 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
                     "response tokens; for the others the one group is the whole sample")
     peak = next((v for k, v in PEAK_FLOPS.items() if k in config["device"]), None) if dtype == torch.bfloat16 else None
 
+    zeros = 0                                                             # steps in a row without a loss or gradient
+
     def report(pending, tick):
         """Logs steps [(step, epoch, lr, batch, grad_norm, what `backward` returned), ...] that began at time tick."""
+        nonlocal zeros
         whole = [settle(share, len(batch), ranks) for _, _, _, batch, _, share in pending]
         seconds, batches = time.perf_counter() - tick, [batch for _, _, _, batch, _, _ in pending]
         rate = sum(len(x.ids) for batch in batches for x in batch) / seconds
@@ -399,6 +493,11 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
                           f"since, with the samples on lines {', '.join(map(str, bad))} of {s.data or 'its data'}",
                           file=sys.stderr)
                 raise SystemExit(1)
+            zeros = zeros + 1 if 0 in (loss, grad_norm) else min(zeros, 0)
+            if zeros == 20:
+                ranks.print(f"warning: since step {step - 19} the loss or its gradient is exactly 0; expected samples "
+                            "with a response, and weights (token_weight, sample_weight in metrics.jsonl) above 0")
+                zeros = -math.inf                                         # said once
             lines.append({
                 "step": step, "epoch": epoch, "loss": loss, "nll": nll.sum() / n.sum(), "grad_norm": grad_norm,
                 "clipped": bool(s.grad_clip and grad_norm > s.grad_clip), "lr": lr, "samples": len(batch),
@@ -412,30 +511,45 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         ranks.print(f"{objective} step {step}/{total}  loss {loss:.4f}  nll {lines[-1]['nll']:.4f}  |g| {grad_norm:.3f}"
                     f"  lr {lr:.2e}  {rate:,.0f} tok/s  eta {eta // 60:.0f}:{eta % 60:02.0f}")
 
-    if start == 0:
-        validate(0)
-    pending, tick = [], time.perf_counter()
-    for step in range(start, total):
-        epoch, numbers = global_batch(step, len(samples), s.batch_size, s.seed)
-        batch, lr = [samples[i] for i in numbers], learning_rate(step, total, s)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with torch.compiler.set_stance("default" if s.compile else "force_eager"):
-            share = backward(net, batch, objective, s, ranks, dtype)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def due(every, step):
+        return step == total or every and step % every == 0
 
-        step += 1
-        pending.append((step, epoch, lr, batch, grad_norm, share))
-        evaluates, saves = (step == total or every and step % every == 0 for every in (s.eval_every, s.save_every))
-        if evaluates or saves or step == start + 1 or step % s.log_every == 0:
-            report(pending, tick)                                         # stops if a number is not finite
-            if evaluates:
-                validate(step)
-            if saves and ranks.rank == 0:
-                save_checkpoint(out, step, model, optimizer, s.keep)
-            pending, tick = [], time.perf_counter()
+    with Stop() as stop:
+        received, step, pending, tick = 0, start, [], time.perf_counter()
+        if val and not validated and (start == 0 or due(s.eval_every, start)):
+            received = validate(start)
+        for step in range(start, total):
+            if received:
+                break
+            # Whatever a model or an objective may draw depends on these three alone: there is no state to save.
+            seed = np.random.SeedSequence((s.seed, step, ranks.rank)).generate_state(1)[0]
+            for draw in (random.seed, np.random.seed, torch.manual_seed):
+                draw(int(seed))
+            epoch, numbers = global_batch(step, len(samples), s.batch_size, s.seed)
+            batch, lr = [samples[i] for i in numbers], learning_rate(step, total, s)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with torch.compiler.set_stance("default" if s.compile else "force_eager"):
+                share = backward(net, batch, objective, s, ranks, dtype)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), s.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            step += 1
+            pending.append((step, epoch, lr, batch, grad_norm, share))
+            received = ranks.largest(stop.signal)                         # by any rank: all stop at the same step
+            saves, evaluates = due(s.save_every, step), val and due(s.eval_every, step)
+            if received or saves or evaluates or step == start + 1 or step % s.log_every == 0:
+                report(pending, tick)                                     # stops if a number is not finite
+                if evaluates and not received:
+                    received = validate(step)
+                if (saves or received) and ranks.rank == 0:
+                    save_checkpoint(out, step, trained, optimizer, s.keep)
+                pending, tick = [], time.perf_counter()
+        if received:
+            ranks.barrier()                                               # whoever left now would have rank 0 killed
+            ranks.print(f"{out}: {signal.Signals(received).name}; the same command goes on from step {step}")
+            raise SystemExit(128 + received)
 
     if ranks.rank == 0:
         (out / "model").mkdir(exist_ok=True)
@@ -448,6 +562,16 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         model.save_pretrained(out / "model")
     ranks.barrier()
     return out / "model"
+
+
+def read_metrics(path, last):
+    """The lines of a metrics.jsonl up to step `last`, without what a crash left of one."""
+    lines = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= last:
+                lines.append(json.loads(line))
+    return lines
 
 
 def host_memory_gb():
@@ -507,7 +631,7 @@ def demo(s, ranks):
     shared = ("seed", "dtype", "device", "compile", "recompute", "micro_tokens", "n_layer", "n_head", "n_embd")
     b = Settings(**BASE, **{name: getattr(s, name) for name in shared})
     config = describe(b, "sft", files, ranks.device)
-    key = [{k: v for k, v in config["settings"].items() if k not in INCIDENTAL}, config["sha256"],
+    key = [{k: v for k, v in config["settings"].items() if k not in NO_ACCOUNT | ROUNDING}, config["sha256"],
            [(HERE / f"{module}.py").read_text() for module in ("bft", "model", "data", "train")]]
     base = Path("runs") / f"base-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
     tuned = {"data": [assets / "finetune.jsonl"], "choice": [assets / "choice.jsonl"], "tokenizer": files["tokenizer"]}
@@ -515,6 +639,7 @@ def demo(s, ranks):
     s = replace(s, init=str(base))                                        # on record: another base is another run
     outs = {objective: Path(s.out) / objective for objective in s.objective}
     configs = {objective: describe(s, objective, tuned, ranks.device) for objective in outs}
+    check_memory(scratch(b, tokenizer), b, ranks)
     same_run(base, config, resume=True)
     for objective, out in outs.items():                                   # before the base is trained for nothing
         same_run(out, configs[objective], s.resume)
@@ -590,13 +715,16 @@ def demo_table(results, s):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def scratch(s, tokenizer):
-    """The configuration of a model of the LLaMA architecture."""
-    return GPTConfig.from_hf({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.n_vocab,
-        "hidden_size": s.n_embd, "intermediate_size": -(-s.n_embd * 8 // 3 // 32) * 32, "num_hidden_layers": s.n_layer,
-        "num_attention_heads": s.n_head, "max_position_embeddings": s.max_length or 2048, "rms_norm_eps": 1e-5,
-        "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": True, "bos_token_id": tokenizer.eos_id,
-        "eos_token_id": tokenizer.eos_id})
+    """The configuration of a model of the LLaMA architecture. Raises UserError."""
+    hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.n_vocab,
+          "hidden_size": s.n_embd, "intermediate_size": -(-s.n_embd * 8 // 3 // 32) * 32,
+          "num_hidden_layers": s.n_layer, "num_attention_heads": s.n_head, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+          "max_position_embeddings": s.max_length or 2048, "rope_theta": 10000.0, "tie_word_embeddings": True,
+          "bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    try:
+        return GPTConfig.from_hf(hf)
+    except ValueError as e:
+        raise UserError(f"--init scratch: {e}") from None
 
 
 # Files that go with a model as they are.
@@ -659,7 +787,7 @@ def finetune(s, ranks):
         if Path(s.out).resolve() in directory.resolve().parents or Path(s.out).resolve() == directory.resolve():
             raise UserError(f"--out {s.out} holds the model of --init; expected another directory")
         make_model = functools.partial(load_weights, directory)
-        files["init"] = weight_files(directory)
+        files["init"] = [directory / "config.json", *weight_files(directory)]
     check_memory(c, s, ranks)
     s, limit = replace(s, chat_format=find_format(s.chat_format, tokenizer)), c.max_positions
     if directory and (difference := compare_template(directory, tokenizer, s.chat_format)):
@@ -678,7 +806,8 @@ def finetune(s, ranks):
     generation = generation_config(directory) if directory else {}
     extras = model_files(tokenizer, stop_ids(c, generation, tokenizer, s.chat_format), generation)
     if tokenizer.path:
-        files["tokenizer"] = [tokenizer.path]
+        beside = tokenizer.path.with_name("tokenizer_config.json")        # which names the token that ends a text
+        files["tokenizer"] = [tokenizer.path, *[beside] * beside.is_file()]
     else:
         ranks.print(f"warning: {s.tokenizer} is one of tiktoken's own: the model is saved without a tokenizer.json")
     outs = {o: Path(s.out) / o if len(s.objective) > 1 else Path(s.out) for o in s.objective}
@@ -698,7 +827,6 @@ def main():
     ranks = Ranks(s.device)
     ranks.start()
     (demo if default_job else finetune)(s, ranks)
-    ranks.stop()                              # not after an error, which must be said before the others notice
 
 
 if __name__ == "__main__":

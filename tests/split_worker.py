@@ -51,7 +51,6 @@ def main(out, *layouts):
                 results[f"{objective} {layout} {adapters}"] = (loss, gradient(model), torch.from_numpy(statistics))
     if ranks.rank == 0:
         torch.save(results, out)
-    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""Run by kill.py and test_faults.py, alone or under torchrun: `train.py`, with something that happens to it.
+
+    fault_worker.py FAULT [RANK STEP] -- arguments of train.py
+
+STEP counts the steps of this process from 1, and the fault comes in the middle of it, after its backward pass:
+
+    slow             nothing, but every step and every fsync takes a while, so that there is time to be killed in
+    sigkill, sigterm, sigint        the rank gets this signal
+    sigint2          it gets this one twice
+    validating       it gets SIGTERM as it begins to validate; STEP counts validations
+    raise            the rank has a bug
+    full             the disk is full from then on (no file may grow beyond 64 kB, which the system calls by another name)
+    nan, zero        the loss and its gradient are multiplied by it from then on, on every rank
+    ... once         as above, but not if RANK STEP were said before, by a process that this one restarts
+"""
+
+import os
+import resource
+import signal
+import sys
+import time
+
+import torch
+
+import bft
+import train
+from data import run
+
+
+def main():
+    fault, *rest = sys.argv[1:sys.argv.index("--")]
+    sys.argv[1:] = sys.argv[sys.argv.index("--") + 1:]
+    rank, at = (int(x) for x in rest[:2] or (0, 0))
+    backward, score, fsync, steps, validations = train.backward, train.score, os.fsync, [], []
+
+    def faulty(*args):
+        share = backward(*args)
+        steps.append(0)
+        if fault == "slow":
+            time.sleep(0.02)
+        elif len(steps) == at and int(os.environ.get("RANK", 0)) == rank and (
+                "once" not in rest or os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"):
+            if fault == "raise":
+                raise ZeroDivisionError("a bug of this rank alone")
+            if fault == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 16, 2 ** 16))
+            for _ in range(fault.startswith("sig") + fault.endswith("2")):
+                os.kill(os.getpid(), getattr(signal, fault.upper().rstrip("2")))
+        return share
+
+    def cut_short(*args):
+        validations.append(0)
+        if fault == "validating" and len(validations) == at and int(os.environ.get("RANK", 0)) == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args)
+
+    def draws(logp, offsets, group_size):                                 # an objective that uses every generator there is
+        return (logp.exp() * torch.rand(len(logp)) + train.np.random.rand() + train.random.random()) / 3
+
+    def wrong(logp, offsets, group_size):
+        return torch.ones_like(logp) * ({"nan": torch.nan, "zero": 0}[fault] if len(steps) >= at - 1 else 1)
+
+    train.backward, train.score = faulty, cut_short
+    if fault == "slow":
+        os.fsync = lambda f: (time.sleep(0.05), fsync(f))
+    row = bft.OBJECTIVES["bft"]
+    bft.OBJECTIVES["bft"] = row._replace(token_weight=wrong if fault in ("nan", "zero") else draws)
+    train.main()
+
+
+if __name__ == "__main__":
+    run(main)

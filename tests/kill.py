@@ -1,0 +1,130 @@
+"""Kills runs at random moments and looks whether they end as if nothing had been. test_faults.py does it three times.
+
+    python tests/kill.py 20 [--seed 0]
+
+A run is one process, one process with adapters, or three ranks under torchrun, in turn. SIGKILL comes when its log has
+reached a random step, or while it writes a checkpoint, to all of its processes or to one of its ranks. The same command
+must then go on from a checkpoint, and end with the bits of a run that was never stopped: log, weights, optimizer.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tiny import tiny
+
+from data import load_tokenizer
+from model import load_safetensors
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "assets"
+TIMINGS = {"tokens_per_s", "mfu", "memory_gb"}
+KINDS = ("one process", "adapters", "three ranks")
+STEPS = 14
+
+
+def launch(ranks, fault, *arguments, restarts=0, **options):
+    """Starts train.py with this fault (see fault_worker.py), or as it is if it is None; returns the Popen."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
+    script = [ROOT / "train.py"] if fault is None else [ROOT / "tests" / "fault_worker.py", *fault.split(), "--"]
+    return subprocess.Popen(
+        [sys.executable, *(torchrun if ranks > 1 else []), *map(str, [*script, *arguments])], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **options)
+
+
+def finish(*arguments, **options):
+    """(exit code, output) of `launch`, which must end by itself."""
+    process = launch(*arguments, **options)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def workers(pid):
+    """The processes that this one has started, and those that they have."""
+    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [p for c in children for p in (c, *workers(c))]
+
+
+def metrics(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines if line.endswith("}")]
+
+
+def command(kind, directory):
+    """What train.py is told, but for --out: 42 samples, a checkpoint and a validation every third of 14 steps."""
+    lines = (ASSETS / "finetune.jsonl").read_text().splitlines(keepends=True)[::16]
+    (directory / "data.jsonl").write_text("".join(lines))
+    base = directory / "base"
+    if kind == "adapters" and not base.exists():
+        tiny(vocab_size=load_tokenizer(ASSETS).n_vocab, max_position_embeddings=512).save_pretrained(base)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (base / name).write_bytes((ASSETS / name).read_bytes())
+    init = ["--init", base, "--lora-rank", 2] if kind == "adapters" else \
+        ["--init", "scratch", "--tokenizer", ASSETS, "--n-layer", 2, "--n-head", 2, "--n-embd", 32]
+    return [*init, "--data", directory / "data.jsonl", "--val-data", directory / "data.jsonl", "--dtype", "float32", "--lr", 1e-3,
+            "--group-size", 16, "--batch-size", 8, "--micro-tokens", 300, "--steps", STEPS, "--save-every", 3, "--eval-every", 3]
+
+
+def assert_same(a, b):
+    """Two finished runs have the same log, weights and optimizer, to the bit."""
+    assert metrics(a) == metrics(b)
+    models = [load_safetensors(x / "model" / "model.safetensors") for x in (a, b)]
+    states = [torch.load(x / "checkpoint" / f"step-{STEPS}.pt", weights_only=True) for x in (a, b)]
+    moments = [[t for p in s["optimizer"]["state"].values() for t in p.values()] for s in states]
+    for x, y in ([list(m.values()) for m in models], [list(s["model"].values()) for s in states], moments):
+        assert len(x) == len(y) > 0 and all(torch.equal(t, u) for t, u in zip(x, y))
+
+
+def unbroken(kind, directory):
+    """(arguments of train.py but for --out, the run directory of a run with them that nothing happened to)."""
+    argv, whole = command(kind, directory), directory / f"whole {kind}"
+    if not (whole / "model" / "config.json").exists():
+        code, output = finish(3 if kind == "three ranks" else 1, "slow", *argv, "--out", whole)
+        assert code == 0, output
+    return argv, whole
+
+
+def kill_once(kind, directory, rng):
+    """Trains, kills, resumes and compares; returns what was done, in words. directory keeps the unbroken run."""
+    (argv, whole), out = unbroken(kind, directory), directory / f"cut {rng.random()}"
+    ranks = 3 if kind == "three ranks" else 1
+    step, saving, one_rank = rng.randint(4, STEPS - 2), rng.random() < 0.4, ranks > 1 and rng.random() < 0.5
+    process, deadline = launch(ranks, "slow", *argv, "--out", out), time.time() + 120
+    while max((line["step"] for line in metrics(out)), default=0) < step or saving and not list(out.glob("checkpoint/*.tmp")):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.001)
+    time.sleep(0 if saving else rng.random() * 0.2)
+    victims = workers(process.pid)
+    for pid in [rng.choice(victims)] if one_rank else [process.pid, *victims]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    had = metrics(out)[-1]["step"]
+    code, output = finish(ranks, "slow", *argv, "--out", out)
+    assert code == 0, output
+    start = int(output.split("bft from step ")[1].split()[0])
+    assert start >= 3, output                                             # it went on, and did not start again
+    assert_same(whole, out)
+    assert not list(out.rglob("*.tmp"))                                   # what was half written is gone
+    return f"{kind}: {'one rank ' if one_rank else ''}killed {'while saving ' if saving else ''}after step {had} was logged, " \
+        f"went on from {start}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kills", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as directory:
+        for i in range(args.kills):
+            print(f"{i + 1}. {kill_once(KINDS[i % 3], Path(directory), rng)}: the same to the bit", flush=True)
