@@ -180,6 +180,12 @@ def load_tokenizer(name_or_path):
             raise UserError(f"{path}: {', '.join(odd)[:400]} is not supported; supported: byte-level BPE as GPT-2, "
                             "SmolLM2, Llama 3 and Qwen have it")
         special = {t["content"]: t["id"] for t in added}
+        if stray := [i for i in [*vocab.values(), *special.values()] if type(i) is not int or i < 0]:
+            raise ValueError(f"an id is {stray[0]!r}; expected whole numbers from 0 on")
+        new = itertools.count(len(vocab))                                 # the library counts, whatever the file says
+        for t, i in special.items():
+            if i != (other := vocab[t] if t in vocab else next(new)):
+                raise ValueError(f"the added token {t} has id {i}; `tokenizers` would give it {other}")
         merges = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
         tokens = dict.fromkeys([c for c in to_byte if c in vocab] + ["".join(m) for m in merges])   # in order of ranks
         if model.get("ignore_merges"):                                    # a whole piece that is a token is that token

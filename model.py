@@ -88,7 +88,7 @@ class GPTConfig:
             value = of.get(key, default)
             if type(value) not in kind or not 0 < value <= limit:
                 raise ValueError(f"{key} is {value!r}; expected a number above 0, {limit} at most")
-            return value
+            return value if kind == (int,) else float(value)
 
         def switch(key, default=False):
             value = c.get(key, default)
@@ -708,13 +708,13 @@ def iterate_safetensors(path):
             for name, t in sorted(header.items(), key=lambda x: x[1]["data_offsets"]):
                 dtype, shape, start = SAFETENSORS_DTYPES[t["dtype"]], t["shape"], end
                 end = t["data_offsets"][1]
-                if t["data_offsets"] != [start, start + math.prod(shape) * dtype.itemsize] or any(
-                        type(n) is not int or n < 0 for n in shape):
+                if len(shape) > 64 or any(type(n) is not int or not 0 <= n < 2 ** 48 for n in shape) or t[
+                        "data_offsets"] != [start, start + math.prod(shape) * dtype.itemsize]:
                     raise ValueError(f"{name}: {t} does not follow the {start} bytes before it")
                 layout.append((name, dtype, shape))
             if f.tell() + end != size:
                 raise ValueError(f"{f.tell()} bytes of header and {end} of tensors in a file of {size}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path} is not a safetensors file that we can read: {e}") from None
         for name, dtype, shape in layout:
             # Pages of its own, which go back at once when it goes; holes that malloc keeps cost GPT-2, whose matrices

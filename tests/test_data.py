@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,16 @@ BAD_LINES = {
     "unknown role": ('{"messages": [{"role": "tool", "content": "a"}]}', "'tool'"),
     "messages no list": ('{"messages": "a"}', "list"),
     "content no string": ('{"messages": [{"role": "assistant", "content": ["a"]}]}', "'content' is list"),
+    "NUL byte": (b'{"prompt": "a", "response": "b\0"}', "not JSON: Invalid control character"),
+    "zeros": (b"\0" * 512, "not JSON"),                                   # what a crash leaves where a file was growing
+    "half a character": (r'{"prompt": "a \ud83d b", "response": "c"}', r"'\ud83d' is half a character"),
+    "half a character elsewhere": (r'{"prompt": "a", "response": "c", "group": "\uDFFF"}', r"'\udfff' is half a character"),
+    "nested deeply": ('{"prompt": "a", "response": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON: maximum recursion depth"),
+    "a number without end": ('{"prompt": "a", "response": ' + "9" * 5000 + "}", "not JSON: Exceeds the limit"),
+    "two objects": ('{"text": "a"}{"text": "b"}', "not JSON: Extra data"),
+    "an old Mac's lines": ('{"text": "a"}\r{"text": "b"}', "not JSON: Extra data"),
+    "UTF-16": ('{"text": "a"}'.encode("utf-16"), "not UTF-8 at byte 0"),
+    "a mark in the middle": ('{"text": \ufeff"a"}', "not JSON"),
 }
 
 
@@ -116,6 +127,43 @@ def test_bad_files(tmp_path, tokenizer):
                         ("damaged.jsonl.gz", "cannot be read"), ("no.jsonl.gz", "cannot be read")):
         with pytest.raises(data.UserError, match=words):
             data.load_samples(tmp_path / name, tokenizer)
+
+
+def test_marks_and_line_ends_of_windows_change_nothing(tmp_path, tokenizer):
+    rows = [{"prompt": "What?", "response": "α\r\nβ 😀"}, {"text": "b"}]
+    lines = [json.dumps(row).encode() for row in rows]                    # (the character beyond U+FFFF as two halves, in order)
+    expected = None
+    for content in (b"\n".join(lines), b"\r\n".join(lines) + b"\r\n\r\n", b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n",
+                    b"".join(b"\xef\xbb\xbf" + line + b"\r\n" for line in lines) + b"\xef\xbb\xbf"):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        samples, counts = data.load_samples(tmp_path / "a.jsonl", tokenizer)
+        assert counts["samples"] == 2 and marked(samples[0], tokenizer) == ("What?\n", "α\r\nβ 😀<|endoftext|>")
+        expected = expected or [s.ids.tolist() for s in samples]
+        assert [s.ids.tolist() for s in samples] == expected
+
+
+def test_a_line_without_end_is_refused_before_it_is_read(tmp_path, tokenizer):
+    with open(tmp_path / "a.jsonl", "wb") as f:
+        f.write(b'{"text": "a"}\n{"text": "')
+        for _ in range(100):
+            f.write(b"x" * 1_000_000)
+        f.write(b'"}\n')
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes(), 1))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        tracemalloc.start()
+        with pytest.raises(data.UserError, match=rf"{name}:2: a line of more than 16 MiB; expected one JSON object a line"):
+            data.load_samples(tmp_path / name, tokenizer)
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", [" " * 1_200_000, "\n" * 1_200_000, "a" * 1_200_000, "the gene \n " * 100_000, "\u3000" * 600_000 + "x"])
+def test_a_long_text_is_encoded_as_the_library_does(text, tokenizer):
+    """tiktoken's own pattern matching ends the process's thread at a million spaces."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_file(str(ROOT / "assets" / "tokenizer.json"))
+    ids = tokenizer.encode(text)
+    assert ids == theirs.encode(text, add_special_tokens=False).ids and tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("change", [{"question": 1}, {"choices": ["a"]}, {"choices": ["a", ""]}, {"answer": 2}, {"answer": True},

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import sys
 import zipfile
 from pathlib import Path
 
@@ -284,6 +285,46 @@ def test_fewer_samples_than_ranks_in_a_batch(tmp_path, directory):
     assert [x["samples"] for x in ours if "loss" in x] == [3, 3, 1] * 2
     for a, b in zip(ours, theirs, strict=True):
         assert all(math.isclose(v, b[k], rel_tol=1e-4, abs_tol=1e-9) for k, v in a.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What data and models cannot do
+
+WRITTEN = []                                                              # a list while it is of interest
+
+
+def audit(event, arguments):
+    if WRITTEN and event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        WRITTEN.append(arguments[0])
+    elif WRITTEN and event in ("os.rename", "os.mkdir", "os.remove", "os.link", "os.symlink", "os.rmdir", "os.truncate"):
+        WRITTEN.extend(x for x in arguments[:2] if isinstance(x, (str, os.PathLike)))
+    elif WRITTEN and event in ("pickle.find_class", "exec", "os.system", "os.exec") and any("planted" in str(x) for x in arguments):
+        WRITTEN.append(f"/{event}")
+
+
+def test_nothing_but_the_run_is_written_and_no_code_of_a_model_is_run(tmp_path, directory, monkeypatch):
+    argv, base, out = kill.command("adapters", directory), tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    for file in (directory / "base").iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    elsewhere = str(tmp_path / "planted")
+    config = {**json.loads((base / "config.json").read_text()), "_name_or_path": elsewhere, "auto_map": {"AutoModelForCausalLM": "planted.Model"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "planted.py").write_text(f"open({elsewhere!r}, 'w')")
+    torch.save({"planted": Planted(tmp_path / "planted")}, base / "pytorch_model.bin")
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "tokenizer_file": elsewhere, "name_or_path": elsewhere}))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": elsewhere, "response": "x", "group": elsewhere, "file": elsewhere}) + "\n"
+                                                 for _ in range(4)))
+    sys.addaudithook(audit)                                               # which stays, so it only looks while WRITTEN is not empty
+    WRITTEN.append(str(out))
+    try:
+        assert call(monkeypatch, *argv, "--init", base, "--data", tmp_path / "data.jsonl", "--steps", 3, "--out", out) == 0
+        written = {str(x) for x in WRITTEN}
+    finally:
+        WRITTEN.clear()
+    assert len(written) > 8 and not (tmp_path / "planted").exists()
+    assert {x for x in written if not x.startswith(str(out)) and not x.startswith("/dev/")} == set()
+    assert (out / "model" / "model.safetensors").exists() and not list(out.rglob("*.py")) and not list(out.rglob("*.bin"))
 
 
 def test_an_interrupt_says_nothing_and_exits_with_130(capsys):

@@ -215,7 +215,14 @@ REFUSED = [({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaFor
            ({"vocab_size": None}, "vocab_size"), ({"num_hidden_layers": "a"}, "num_hidden_layers is 'a'"), ({"hidden_size": -1}, "hidden_size"),
            ({"num_key_value_heads": 3}, "do not fit"), ({"head_dim": 7}, "do not fit"), ({"rope_theta": 0}, "rope_theta"),
            ({"eos_token_id": "x"}, "eos_token_id"), ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None"),
-           ({"hidden_size": 64}, "does not fit its config.json"), ({"tie_word_embeddings": False}, "lm_head")]
+           ({"hidden_size": 64}, "does not fit its config.json"), ({"tie_word_embeddings": False}, "lm_head"),
+           ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"), ({"attention_bias": 1}, "attention_bias is 1"),
+           ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 64}},
+            "low_freq_factor 4.0 is not below"), ({"eos_token_id": 2 ** 40, "max_position_embeddings": 2 ** 40}, "max_position_embeddings is 1099511627776")]
+# Sizes that would take this machine's memory, or its time, if a module were made of them.
+REFUSED += [({key: value}, f"{key} is {value}") for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                                                           "num_attention_heads") for value in (2 ** 31, 10 ** 18)]
+REFUSED += [({"num_attention_heads": 2 ** 20, "num_key_value_heads": 1, "head_dim": 2 ** 20}, "do not fit")]
 
 
 @pytest.mark.parametrize("change,words", REFUSED, ids=[words for _, words in REFUSED])

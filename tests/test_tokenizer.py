@@ -33,7 +33,7 @@ def strings(count, seed=0):
     return out
 
 
-def build(style, path, whole_alphabet=True, special=SPECIAL):
+def build(style, path, whole_alphabet=True, special=SPECIAL, vocab_size=2500):
     """A tokenizer.json of this style, trained on what `strings` are made of."""
     tokenizers = pytest.importorskip("tokenizers")
     pre, bpe = tokenizers.pre_tokenizers, tokenizers.models.BPE(ignore_merges=style == "llama3")
@@ -51,7 +51,7 @@ def build(style, path, whole_alphabet=True, special=SPECIAL):
     first = special if style in ("gpt2", "smollm2") else []              # as in the published files: before, or after the others
     corpus = [s for s in strings(1500, seed=1) if whole_alphabet or not set(s) & {"\x00", "\x04", "😀"}]
     t.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
-        vocab_size=2500, special_tokens=first, initial_alphabet=pre.ByteLevel.alphabet() if whole_alphabet else [], show_progress=False))
+        vocab_size=vocab_size, special_tokens=first, initial_alphabet=pre.ByteLevel.alphabet() if whole_alphabet else [], show_progress=False))
     t.add_special_tokens(special)
     if style == "qwen":
         t.add_tokens(["<think>", "</think>"])                            # added, but not special: text may contain them
@@ -134,6 +134,34 @@ def test_ids_need_not_rise_with_merges(tmp_path):
 
 def changed(spec, **model):
     return {**spec, "model": {**spec["model"], **model}}
+
+
+def test_ids_may_have_gaps_but_must_be_ids(tmp_path):
+    path = build("smollm2", tmp_path) / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    ids = {**spec["model"]["vocab"], **{t["content"]: t["id"] for t in spec["added_tokens"]}}
+    rename = {i: 3 * i + 1 for i in ids.values()}                         # two thirds of the numbers are no token
+    spec["model"]["vocab"] = {t: rename[i] for t, i in spec["model"]["vocab"].items()}
+    spec["added_tokens"] = [{**t, "id": rename[t["id"]]} for t in spec["added_tokens"]]
+    path.write_text(json.dumps(spec))
+    ours, theirs = data.load_tokenizer(path), library(tmp_path)
+    for text in strings(200, seed=3):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.n_vocab == max(rename.values()) + 1 and ours.decode([0, *ours.encode("ab"), 2]) == "\ufffdab\ufffd"
+    assert ours.special.items() >= {t: theirs.token_to_id(t) for t in SPECIAL}.items()
+    new = {**spec["added_tokens"][0], "content": "<new>"}
+    for i in (len(rename), ours.n_vocab):                                 # the library gives it the first of these, whatever the file says
+        path.write_text(json.dumps({**spec, "added_tokens": [*spec["added_tokens"], {**new, "id": i}]}))
+        if i == library(tmp_path).token_to_id("<new>"):
+            assert data.load_tokenizer(path).special["<new>"] == i == len(rename)
+        else:
+            with pytest.raises(data.UserError, match=f"added token <new> has id {i}; `tokenizers` would give it {len(rename)}"):
+                data.load_tokenizer(path)
+    for odd in (-1, 1.5, True, "7", None):
+        token = next(iter(spec["model"]["vocab"]))
+        path.write_text(json.dumps({**spec, "model": {**spec["model"], "vocab": {**spec["model"]["vocab"], token: odd}}}))
+        with pytest.raises(data.UserError, match=f"an id is {odd!r}; expected whole numbers"):
+            data.load_tokenizer(path)
 
 
 def test_unsupported_tokenizers_are_refused_by_name(tmp_path):
