@@ -66,7 +66,7 @@ def run(main):
         if world == 1:
             raise
         code, patient = 1, re.search("gloo|NCCL", str(e)) is not None     # what both say when a connection breaks
-        error = f"rank {rank} lost another rank: {e}" if patient else None
+        error = f"rank {rank} cannot reach another rank: {e}" if patient else None
         if not patient:
             traceback.print_exc()
     if patient:

@@ -414,9 +414,9 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         load_checkpoint(start, out / "checkpoint" / f"step-{start}.pt", trained, optimizer)
     validated = False                                                     # at that step
     if ranks.rank == 0:
-        if not s.resume and out.is_dir():
-            for old in ("checkpoint", "model"):
-                shutil.rmtree(out / old, ignore_errors=True)
+        for old in () if s.resume else ("checkpoint", "model"):
+            if (out / old).exists():
+                shutil.rmtree(out / old)
         (out / "checkpoint").mkdir(parents=True, exist_ok=True)
         for old in (out / "checkpoint").glob("*.tmp"):                    # of a run that was killed while it wrote
             old.unlink()

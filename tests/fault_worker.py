@@ -37,7 +37,7 @@ def main():
         share = backward(*args)
         steps.append(0)
         if fault == "slow":
-            time.sleep(0.02)
+            time.sleep(0.03)
         elif len(steps) == at and int(os.environ.get("RANK", 0)) == rank and (
                 "once" not in rest or os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"):
             if fault == "raise":
@@ -62,7 +62,7 @@ def main():
 
     train.backward, train.score = faulty, cut_short
     if fault == "slow":
-        os.fsync = lambda f: (time.sleep(0.05), fsync(f))
+        os.fsync = lambda f: (time.sleep(0.08), fsync(f))
     row = bft.OBJECTIVES["bft"]
     bft.OBJECTIVES["bft"] = row._replace(token_weight=wrong if fault in ("nan", "zero") else draws)
     train.main()

@@ -267,7 +267,7 @@ def test_a_rank_that_dies_takes_the_others_down(fault, three, tmp_path):
     argv, _ = three
     code, output = finish(3, fault, *argv, "--out", tmp_path)
     cause = output.split("Root Cause")[1]
-    assert code != 0 and "rank      : 1 " in cause and "lost another rank" not in output
+    assert code != 0 and "rank      : 1 " in cause and "cannot reach another" not in output
     assert "SIGKILL" in cause if fault.startswith("sig") else "ZeroDivisionError: a bug of this rank alone" in output
     assert steps_saved(tmp_path) == [3]
 
