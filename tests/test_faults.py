@@ -142,6 +142,20 @@ def test_other_settings_are_another_run(change, directory, tmp_path, monkeypatch
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
+def test_it_is_the_dtype_that_counts_not_what_it_was_called():
+    def config(asked, dtype, **change):
+        return {"objective": "bft", "settings": {"dtype": asked, "lr": 1.0, "data": "here"}, "versions": {"torch": "2"}, "sha256": {"data": "a"},
+                "dtype": f"torch.{dtype}", "device": "cpu", "world_size": 1, "git_commit": None, **change}
+    old = config("auto", "bfloat16")
+    assert train.differences(old, config("bfloat16", "bfloat16")) == ([], [])
+    assert train.differences(old, config("auto", "float32")) == (["dtype 'torch.bfloat16', now 'torch.float32'"], [])   # on another machine
+    assert train.differences(old, config("auto", "bfloat16", git_commit="c", versions={"torch": "3"})) == (
+        [], ["git_commit None, now 'c'", "torch '2', now '3'"])
+    moved = config("auto", "bfloat16", sha256={"data": "b"})
+    moved["settings"]["data"] = "there"                                   # the place is of no account, the content is
+    assert train.differences(old, moved) == (["another content of data"], [])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -188,6 +202,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, directory, tmp
     newest = out / "checkpoint" / "step-6.pt"
     damage(newest, tmp_path / "planted")
     (out / "model" / "config.json").unlink()                              # as if it had not been finished
+    (out / "checkpoint" / "step-5.pt.tmp").write_bytes(b"half")           # and had been killed at that before
     capsys.readouterr()
     damaged = newest.read_bytes()
     assert call(monkeypatch, *argv, "--steps", 6, "--keep", 1, "--out", out) == 0
@@ -196,7 +211,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, directory, tmp
     assert metrics(out) == metrics(whole) and steps_saved(out) == [6]
     assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
     assert (out / "checkpoint" / "step-6.pt.damaged").read_bytes() == damaged            # nothing is thrown away
-    assert not (tmp_path / "planted").exists()
+    assert not (tmp_path / "planted").exists() and not list(out.rglob("*.tmp"))
     (out / "model" / "config.json").unlink()
     damage(newest, tmp_path / "planted") if damage is not another_step else newest.write_bytes(b"")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
