@@ -13,7 +13,7 @@ Everything here works on the ragged layout: the log-probs of all response tokens
 logp[offsets[s]:offsets[s+1]]. Prompts, padding and packing are gone by then, so no window can cross two samples.
 A conversation is one sample: windows run across its turns. Arithmetic inside is float64 (N numbers: cheap).
 
-This file needs only torch and can be copied into any other code base.
+This file needs only torch and can be copied into any other code base. `python bft.py` prints a worked example.
 """
 
 import itertools
@@ -214,3 +214,32 @@ def _check(logp, offsets, group_size):
         fall = next((f", falling from {a} to {b}" for a, b in itertools.pairwise(offsets.tolist()) if b < a), "")
         raise ValueError(f"offsets must start at 0, never fall and end at N = {len(logp)}; they go from {offsets[0]} "
                          f"to {offsets[-1]}{fall}")
+
+
+def worked_example():
+    """Six tokens, every row of the table, as text: each number can be had with a pocket calculator."""
+    p, offsets, g = torch.tensor([0.9, 0.8, 0.1, 0.5, 0.6, 0.9], dtype=torch.float64), torch.tensor([0, 4, 6]), 3
+    logp, n = p.log().requires_grad_(), offsets.diff()                # n_b = 4 and 2
+    lines = [f"Two samples, of the tokens 1 to 4 and 5 to 6; groups of g = {g}, so that the second is one group.", "",
+             f"{'token':24s}" + "".join(f"{t:9d}" for t in range(1, 7))]
+
+    def row(name, values, rest=""):
+        lines.append(f"{name:24s}" + "".join(f"{v:9.4f}" for v in values.tolist()) + rest)
+
+    row("p_t", p)
+    row("l_t = -log p_t", -logp)
+    row("C_b", group_confidence(logp.detach(), offsets, g).repeat_interleave(n))
+    row("c_t", local_confidence(logp.detach(), offsets, g))
+    for name, objective in OBJECTIVES.items():
+        loss = objective_loss(logp, offsets, name, g)
+        gradient, = torch.autograd.grad(loss, logp)                   # d loss / d log p_t
+        divisor = "6 tokens" if objective.average == "tokens" else "n_b / 2 samples"
+        lines += ["", f"{name}: loss {loss:.4f} = sum of s_b w_t l_t / {divisor}"]
+        row("  w_t", objective.token_weight(logp.detach(), offsets, g))
+        row("  s_b", objective.sample_weight(logp.detach(), offsets, g).repeat_interleave(n))
+        row("  d loss / d logit", gradient * (1 - p))                 # d log p_t / d logit of token t = 1 - p_t
+    return "\n".join([*lines, "", "The logit is that of the token itself: -s_b w_t (1 - p_t), divided as the loss is."])
+
+
+if __name__ == "__main__":
+    print(worked_example())

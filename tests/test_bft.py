@@ -215,3 +215,25 @@ def test_imports_alone(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
                          env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}).stdout
     assert out.strip() == "['bft']"
+
+
+def test_the_worked_example_agrees_with_a_pocket_calculator():
+    p = [0.9, 0.8, 0.1, 0.5, 0.6, 0.9]
+    C = [min((0.9 * 0.8 * 0.1) ** (1 / 3), (0.8 * 0.1 * 0.5) ** (1 / 3))] * 4 + [(0.6 * 0.9) ** (1 / 2)] * 2
+    c = [(0.9 + 0.8) / 2, (0.9 + 0.8 + 0.1) / 3, (0.8 + 0.1 + 0.5) / 3, (0.1 + 0.5) / 2, (0.6 + 0.9) / 2, (0.6 + 0.9) / 2]
+    one, difficulty, tokens, samples = [1] * 6, [1 - x for x in C], [1 / 6] * 6, [1 / 4 / 2] * 4 + [1 / 2 / 2] * 2
+    rows = {"sft": (one, one, tokens), "dft": (p, one, tokens), "bft": (p, difficulty, samples), "sft-sample": (one, one, samples),
+            "bft-token": (p, one, samples), "bft-sample": (one, difficulty, samples), "bft-tokavg": (p, difficulty, tokens),
+            "bft-v3": ([1, 1, 0.1 / ((0.8 + 0.1 + 0.5) / 3), 1, 0.6 / 0.75, 1], [1 - 0.3] * 4 + [1 - 0.75] * 2, samples)}
+    head, *blocks, _ = bft.worked_example().split("\n\n")[1:]
+    numbers = lambda line: [float(x) for x in line.split()[-6:]]           # noqa: E731
+    expected = [p, [-math.log(x) for x in p], C, c]
+    assert [numbers(line) for line in head.splitlines()[1:]] == [pytest.approx(x, abs=6e-5) for x in expected]
+    blocks = {block.split(":")[0]: block for block in blocks}
+    assert list(blocks) == list(bft.OBJECTIVES)
+    for name, (w, s, share) in rows.items():
+        title, *lines = blocks[name].splitlines()
+        loss = sum(a * b * d * -math.log(x) for a, b, d, x in zip(w, s, share, p))
+        assert float(title.split("loss ")[1].split()[0]) == pytest.approx(loss, abs=6e-5)
+        gradient = [-a * b * d * (1 - x) for a, b, d, x in zip(w, s, share, p)]
+        assert [numbers(line) for line in lines] == [pytest.approx(x, abs=6e-5) for x in (w, s, gradient)]
