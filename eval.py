@@ -8,19 +8,23 @@ A model is a run of `train.py`, a Hugging Face directory or repository id. Each 
     nll       samples (any shape of data.py): NLL and perplexity per response token, minimum group confidence
     choice    {"question", "choices", "answer", "context"?}: multiple choice by log-likelihood; acc, acc_norm (by
               characters) and acc_bytes as lm-evaluation-harness defines them
+    inspect   samples: a page of HTML beside --out with some samples' tokens coloured by p, c, and each loss's weights
 
 Models are columns; where lines carry a `group`, each group is a row. Differences are to the first model, over the same
 items, with a paired bootstrap 95% interval.
 """
 
+import html
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import bft
 from data import (
@@ -102,6 +106,102 @@ def choice_items(model, tokenizer, items, dtype=torch.float32):
             record["followed"] = int(picks["acc"] == item["planted"])
         records.append(record)
     return records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each loss looks at, as a page
+
+@torch.no_grad()
+def inspect_items(model, tokenizer, samples, dtype=torch.float32, group_size=256):
+    """The `inspect` task: each sample's tokens as text, and of its n_b response tokens p_t, c_t, the first and last of
+    the minimum group, and for every objective w_t and s_b: the weights that a step on this sample would have now."""
+    device, records = next(model.parameters()).device, []
+    for sample in samples:
+        batch = collate([sample]).to(device)
+        with autocast(device, dtype):
+            logp = model(batch.input_ids, batch.lengths, batch.at, batch.targets).cpu().double()   # (n_b,)
+        sums, g = F.pad(logp.cumsum(0), (1, 0)), min(group_size, len(logp))
+        first = int((sums[g:] - sums[:-g]).argmin())                      # the first of equal ones
+        rest = logp, batch.offsets, group_size
+        weights = {name: {"w": row.token_weight(*rest).tolist(), "s": row.sample_weight(*rest).item()}
+                   for name, row in bft.OBJECTIVES.items()}
+        text = [tokenizer.bytes.get(i, b"?").decode(errors="backslashreplace") for i in sample.ids.tolist()]
+        records.append({"line": sample.line, "group": sample.group, "tokens": text,
+                        "response": sample.response.tolist(), "p": logp.exp().tolist(),
+                        "c": bft.local_confidence(*rest).tolist(),
+                        "confidence": bft.group_confidence(*rest).item(), "minimum_group": [first, first + g - 1],
+                        "weights": weights})
+    return records
+
+
+def inspect_page(results, group_size):
+    """A page of HTML, all by itself, of `inspect_items` for each model: {model: [item, ...]}. Colours are numbers from
+    0 to 1, light to dark (ColorBrewer's YlGnBu, which the colour-blind can read); what a token's numbers are shows on
+    hover. Numbers go to the script, text is escaped and never does."""
+    def numbers(values):
+        return [float(f"{v:.4g}") for v in values]
+
+    blocks, data = [], []
+    for number in range(len(next(iter(results.values())))):
+        for name, items in results.items():
+            item, spans, t = items[number], [], 0
+            first, last = item["minimum_group"]
+            for text, response in zip(item["tokens"], item["response"]):
+                shown = html.escape(text).replace("\n", "\u23ce\n").replace("\r", "\u240d")
+                mark = f" id=g{len(blocks)}" * (t == first) + " class=g" * (first <= t <= last)
+                spans.append(f"<b{mark}>{shown}</b>" if response else shown)
+                t += response
+            blocks.append(
+                f"<h2>{html.escape(name)}, line {item['line']}</h2><p>{len(item['tokens'])} tokens, {t} of response; "
+                f"<a href=#g{len(blocks)}>minimum group</a> confidence C = {item['confidence']:.4f}, smallest local "
+                f"confidence c = {min(item['c']):.4f}</p><div class=t>{''.join(spans)}</div>")
+            data.append({"p": numbers(item["p"]), "c": numbers(item["c"]),
+                         "s": {objective: row["s"] for objective, row in item["weights"].items()},
+                         "w": {objective: numbers(row["w"]) for objective, row in item["weights"].items()}})
+    parts = {"GROUP": str(group_size), "BLOCKS": "".join(blocks), "DATA": json.dumps(data).replace("<", "\\u003c")}
+    return re.sub("@(GROUP|BLOCKS|DATA)@", lambda m: parts[m[1]], PAGE)   # in one pass: text may hold such a word
+
+
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>What each loss looks at</title><style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:0 auto;padding:0 1em 6em;color:#111;background:#fff}
+h2{font-size:1em;margin:1.6em 0 0} p{margin:.2em 0 .5em}
+.t{white-space:pre-wrap;overflow-wrap:anywhere;color:#777;font:15px/2 ui-monospace,monospace}
+.t b{font-weight:400;padding:2px 0} .g{border-bottom:3px solid #d55e00} b:hover{outline:2px solid #000}
+header{position:sticky;top:0;background:#fff;border-bottom:1px solid #999;padding:.6em 0;z-index:1}
+select{font:inherit} .k{display:inline-block;width:12em;height:1em;vertical-align:-2px;margin:0 .5em;
+border:1px solid #999;background:linear-gradient(90deg,#ffffd9,#c7e9b4,#41b6c4,#225ea8,#081d58)}
+.g{scroll-margin-top:6em} #n{font:13px/1.5 ui-monospace,monospace;white-space:pre-wrap;position:fixed;bottom:0;left:0;
+right:0;margin:0;padding:.4em 1em;background:#fff;border-top:1px solid #999;min-height:4.5em}</style>
+<header><label>Colour: <select id=m></select></label> 0<span class=k></span>1 &ensp; <span class=g>minimum group</span>
+(of g = @GROUP@ response tokens) &ensp; grey: prompt, which no loss looks at</header>
+@BLOCKS@<pre id=n>Point at a token to see its numbers.</pre><script>
+const data = @DATA@, stops = [[255,255,217],[199,233,180],[65,182,196],[34,94,168],[8,29,88]];
+const blocks = [...document.querySelectorAll('.t')].map(t => [...t.querySelectorAll('b')]);
+const menu = document.getElementById('m');
+const names = data.length ? Object.keys(data[0].w) : [];
+for (const [value, text] of [['p', 'p, the probability of the token'], ['c', 'c, the local confidence'],
+     ...names.map(o => ['w ' + o, o + ': w, the weight of the token']),
+     ...names.map(o => ['s ' + o, o + ': s w, with that of the sample'])]) menu.add(new Option(text, value));
+function value(d, t, mode) {
+  const [what, o] = mode.split(' ');
+  return o === undefined ? d[what][t] : d.w[o][t] * (what === 's' ? d.s[o] : 1);
+}
+function paint() {
+  blocks.forEach((tokens, i) => tokens.forEach((token, t) => {
+    const x = 4 * Math.min(1, Math.max(0, value(data[i], t, menu.value))), k = Math.min(3, Math.floor(x));
+    token.style.background = 'rgb(' + stops[k].map((v, j) => Math.round(v + (x - k) * (stops[k + 1][j] - v))) + ')';
+    token.style.color = x < 2.3 ? '#111' : '#fff';
+  }));
+}
+blocks.forEach((tokens, i) => tokens.forEach((token, t) => token.onmouseenter = () => {
+  const d = data[i], f = v => v.toFixed(4);
+  document.getElementById('n').textContent = JSON.stringify(token.textContent) + '  p ' + f(d.p[t]) + '  -log p ' +
+    f(-Math.log(d.p[t])) + '  c ' + f(d.c[t]) + '\\n' +
+    names.map(o => o + ': w ' + f(d.w[o][t]) + ', s w ' + f(d.s[o] * d.w[o][t])).join('   ');
+}));
+menu.onchange = paint; paint();
+</script></html>
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,8 +363,10 @@ def stop_ids(config, generation, tokenizer, chat_format):
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", help="runs, model directories or Hugging Face repository ids")
-    parser.add_argument("--tasks", nargs="+", choices=("nll", "choice"), default=[], help="what to evaluate")
+    parser.add_argument("--tasks", nargs="+", choices=("nll", "choice", "inspect"), default=[], help="what to evaluate")
     parser.add_argument("--data", nargs="+", default=[], help="a file for each task, in the same order")
+    parser.add_argument("--lines", nargs="+", type=int, default=[], help="of the inspect task's file, which samples to "
+                        "show (default: the first four)")
     parser.add_argument("--prompt", help="print each model's answer to this")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of the answer (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answer; 0: greedy (default: 0)")
@@ -272,11 +374,11 @@ def main():
     parser.add_argument("--out", default="results.json",
                         help="where the table and the per-item scores go (default: results.json)")
     parser.add_argument("--tokenizer", help="directory with tokenizer.json, or a tiktoken name; without: the model's")
-    parser.add_argument("--chat-format", choices=("auto", *CHAT_FORMATS), default="auto", help="of the nll task and "
+    parser.add_argument("--chat-format", choices=("auto", *CHAT_FORMATS), default="auto", help="of samples and "
                         "the prompt; auto: the one whose special tokens the tokenizer has (default: auto)")
-    parser.add_argument("--max-length", type=int, help="cut samples of the nll task after so many tokens; without: "
-                        "where the model's positions end")
-    parser.add_argument("--group-size", type=int, default=256, help="g of the minimum group confidence (default: 256)")
+    parser.add_argument("--max-length", type=int, help="cut samples after so many tokens; without: where "
+                        " the model's positions end")
+    parser.add_argument("--group-size", type=int, default=256, help="g, in response tokens (default: 256)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
                         help="autocast; auto: bfloat16 where the device has it natively (default: float32)")
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
@@ -301,7 +403,7 @@ def main():
     formats = {path: find_format(args.chat_format, tokenizer) for path, (_, _, tokenizer) in opened.items()}
     sets = {}                                                             # every file is read before any model is
     for path, (directory, config, tokenizer) in opened.items():
-        needed = args.prompt is not None or "nll" in args.tasks
+        needed = args.prompt is not None or {"nll", "inspect"} & set(args.tasks)
         if needed and (difference := compare_template(directory, tokenizer, formats[path])):
             print(f"warning: {difference}")
         for task, file in zip(args.tasks, args.data):
@@ -311,6 +413,10 @@ def main():
             longest = args.max_length or config.max_positions
             samples, counts = load_samples(file, tokenizer, formats[path], longest)
             print(f"{path}: {counts['cut']} of {file} cut at {longest} tokens, {counts['dropped']} dropped")
+            if task == "inspect":
+                samples = [s for s in samples if s.line in args.lines] if args.lines else samples[:4]
+                if lacking := set(args.lines) - {s.line for s in samples}:
+                    raise UserError(f"{file}: --lines: there is no sample on line {min(lacking)}")
             if [s.line for s in samples] != [s.line for s in sets.get((args.models[0], task, file), samples)]:
                 raise UserError(f"{file}: {path} and {args.models[0]} keep different samples within their positions; "
                                 "expected a --max-length that both have, to compare them on the same ones")
@@ -330,14 +436,19 @@ def main():
         for task, file, result in zip(args.tasks, args.data, results):
             data = sets[path, task, file]
             result[path] = choice_items(model, tokenizer, data, dtype) if task == "choice" else \
-                nll_items(model, data, dtype, args.group_size)
+                nll_items(model, data, dtype, args.group_size) if task == "nll" else \
+                inspect_items(model, tokenizer, data, dtype, args.group_size)
     if not args.tasks:
         return
     for task, file, result in zip(args.tasks, args.data, results):
         output["tasks"].append({"task": task, "data": file, "rows": summarise(task, result), "items": result})
+        if task == "inspect":
+            write_whole(out.with_suffix(".html"), [inspect_page(result, args.group_size).encode(errors="replace")])
+            print(f"page: {Path(args.out).with_suffix('.html')}")
     write_whole(out, [json.dumps(output, indent=1).encode()])
     for t in output["tasks"]:
-        print_table(t["rows"], f"{t['task']}: {t['data']}")
+        if t["rows"]:
+            print_table(t["rows"], f"{t['task']}: {t['data']}")
     print(f"\nper-item scores: {args.out}")
 
 

@@ -1,6 +1,7 @@
 """Scores against direct calculations, intervals against closed forms, and the command."""
 
 import copy
+import html
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import torch
 from test_tokenizer import build
 from tiny import tiny as tiny_model
 
+import bft
 import eval as evaluation
 from data import load_choice, load_samples, load_tokenizer, run
 from model import GPTConfig
@@ -155,7 +157,7 @@ def test_the_command_prints_one_table_and_saves_every_item(tmp_path, tokenizer):
     (["--prompt", "a", "--chat-format", "llama3"], "chat format llama3 needs the special token <|begin_of_text|>")])
 def test_mistakes_are_one_sentence(argv, words, tmp_path, monkeypatch, capsys, tokenizer):
     save(tiny(tokenizer, 0), tmp_path / "model")
-    item = {"question": "q", "choices": ["a \ud800", "b"], "answer": 0, "group": 1}      # odd, but no mistake
+    item = {"question": "q", "choices": ["a \ufffd", "b"], "answer": 0, "group": 1}      # odd, but no mistake
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (item, {**item, "question": "q " * 2500})))
     monkeypatch.chdir(tmp_path)
     default = ["--data", str(ASSETS / "finetune.jsonl")] if "--tasks" in argv else []
@@ -221,3 +223,47 @@ def test_models_that_keep_different_samples_are_not_compared(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", [*map(str, argv), "--max-length", "20"])
     evaluation.main()
     assert (tmp_path / "r.json").exists()
+
+
+def test_the_page_shows_what_each_loss_looks_at(tmp_path, monkeypatch, capsys, tokenizer):
+    """Numbers against bft's own functions and loops; every text escaped; nothing from elsewhere."""
+    save(tiny(tokenizer, 0), tmp_path / "a&b")
+    save(tiny(tokenizer, 1), tmp_path / "other")
+    hostile = "</script><script>alert(1)</script> <b>\"x\" & 'y' @DATA@ @BLOCKS@ ünï\n😀"
+    rows = [{"prompt": "not shown", "response": "x"}, {"prompt": hostile, "response": hostile + " and a tail of words"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    argv = ["eval.py", "a&b", "other", "--tasks", "inspect", "--data", "data.jsonl", "--group-size", "6", "--out", "r.json"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--lines", "2"])
+    with pytest.raises(SystemExit) as exit:
+        run(evaluation.main)
+    assert exit.value.code == 0 and "page: r.html" in capsys.readouterr().out
+    page, items = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "r.json").read_text())["tasks"][0]["items"]
+    (item,), (sample,) = items["a&b"], [s for s in load_samples("data.jsonl", tokenizer)[0] if s.line == 2]
+    with torch.no_grad():
+        logp = tiny(tokenizer, 0)(torch.from_numpy(sample.ids)[None])[0].log_softmax(-1)
+    l = [logp[t - 1, sample.ids[t]].item() for t in range(len(sample.ids)) if sample.response[t]]   # noqa: E741
+    means = [sum(l[i:i + 6]) / 6 for i in range(len(l) - 5)]
+    first = means.index(min(means))
+    assert item["minimum_group"] == [first, first + 5] and item["confidence"] == pytest.approx(math.exp(min(means)), rel=1e-4)
+    assert item["p"] == pytest.approx([math.exp(x) for x in l], rel=1e-4)
+    logps, offsets = torch.tensor(l), torch.tensor([0, len(l)])
+    data = json.loads(re.search(r"const data = (.*), stops", page)[1])
+    assert list(item["weights"]) == list(data[0]["w"]) == list(bft.OBJECTIVES)
+    for objective, weights in item["weights"].items():
+        expected = bft.token_weights(logps, offsets, objective, 6).tolist()
+        assert [w * weights["s"] for w in weights["w"]] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert [w * data[0]["s"][objective] for w in data[0]["w"][objective]] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    # The page: one script, ours; every token once, as text; the minimum group marked
+    assert page.count("<script") == page.count("</script") == 1 and "alert(1)" in page and not re.search(r"(src|href)=[^#]|url\(|@import|https?:", page)
+    assert "<h2>a&amp;b, line 2</h2>" in page and "not shown" not in page
+    blocks = re.findall(r"<div class=t>(.*?)</div>", page, re.S)
+    spans = re.findall(r"<b( id=g0)?( class=g)?>(.*?)</b>", blocks[0], re.S)
+    assert len(blocks) == len(data) == 2 and [bool(g) for _, g, _ in spans] == [first <= t <= first + 5 for t in range(len(l))]
+    assert [bool(i) for i, _, _ in spans].index(True) == first
+    text = html.unescape(re.sub(r"</?b[^>]*>", "", blocks[0])).replace("\u23ce", "")
+    assert text.count("alert(1)") == 2 and "@DATA@ @BLOCKS@" in text and text.count("<b>") == 2
+    monkeypatch.setattr(sys, "argv", [*argv, "--lines", "2", "7"])
+    with pytest.raises(SystemExit):
+        run(evaluation.main)
+    assert "data.jsonl: --lines: there is no sample on line 7" in capsys.readouterr().err
