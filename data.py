@@ -19,6 +19,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -52,6 +53,8 @@ def run(main):
     code, error, patient = 0, None, False
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))               # an exception: no file is left half-written
+    if hasattr(sys.stdout, "reconfigure"):                                # a terminal may lack characters of the data
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except SystemExit as e:
@@ -60,6 +63,8 @@ def run(main):
         code = 130
     except UserError as e:
         code, error, patient = 2, str(e), rank > 0
+    except torch.OutOfMemoryError as e:
+        code, error = 1, f"out of GPU memory ({e}); a smaller --micro-tokens, --recompute or --lora-rank needs less"
     except OSError as e:
         code, error = 1, f"{e.filename}: {e.strerror}" if e.filename else str(e)
     except Exception as e:
@@ -115,13 +120,16 @@ class Tokenizer:
         self.n_vocab = max(self.bytes) + 1
 
     def encode(self, text):
-        """Special tokens in the text stay text."""
+        """Special tokens in the text stay text. Raises UserError for marks that no text has, with NFC."""
         ids = []
         for i, part in enumerate(self.added.split(text) if self.added else [text]):
             if i % 2:                                                     # re.split: what separates is at odd places
                 ids.append(self.special[part])
                 continue
-            part = unicodedata.normalize("NFC", part) if self.nfc else part
+            if self.nfc:
+                if any(len(m.group()) > 1000 for m in regex.finditer(r"\p{M}+", part)):   # which take time squared
+                    raise UserError("more than 1,000 combining marks in a row; expected text")
+                part = unicodedata.normalize("NFC", part)
             raw = part.encode(errors="replace")
             # Bytes that are no token go after the cut, before merges; and tiktoken's own cut dies of a million spaces.
             if self.missing and len(raw.translate(None, self.missing)) < len(raw) or len(part) > 500_000:
@@ -180,7 +188,7 @@ def load_tokenizer(name_or_path):
             raise UserError(f"{path}: {', '.join(odd)[:400]} is not supported; supported: byte-level BPE as GPT-2, "
                             "SmolLM2, Llama 3 and Qwen have it")
         special = {t["content"]: t["id"] for t in added}
-        if stray := [i for i in [*vocab.values(), *special.values()] if type(i) is not int or i < 0]:
+        if stray := [i for i in [*vocab.values(), *special.values()] if type(i) is not int or not 0 <= i < 2 ** 31]:
             raise ValueError(f"an id is {stray[0]!r}; expected whole numbers from 0 on")
         new = itertools.count(len(vocab))                                 # the library counts, whatever the file says
         for t, i in special.items():
@@ -268,7 +276,7 @@ def read_jsonl(path):
     Raises UserError."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     number, found = 0, False
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
@@ -397,6 +405,17 @@ def encode_turns(messages, tokenizer, chat_format="plain"):
     return [i for piece, _ in pieces for i in piece], [kind for piece, kind in pieces for _ in piece]
 
 
+# A template is a program that we did not write: in a sandbox, in a process of its own, of bounded time and memory.
+RENDER = """import json, resource, sys, time
+from jinja2 import sandbox  # which torch brings
+resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+resource.setrlimit(resource.RLIMIT_AS, (2 ** 30, 2 ** 30))
+template, names = json.load(sys.stdin)
+environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols"])
+print(json.dumps(environment.from_string(template).render(strftime_now=time.strftime, **names)))"""
+
+
 def compare_template(directory, tokenizer, chat_format):
     """What the chat template of a model directory makes of a question and its answer and we do not, in a sentence;
     None if they agree or it has no template."""
@@ -409,16 +428,18 @@ def compare_template(directory, tokenizer, chat_format):
             template = next(t["template"] for t in template if t["name"] == "default")
         if template is None:
             return None
-        from jinja2 import sandbox  # which torch brings
-
         ours = tokenizer.decode(encode_turns(turns, tokenizer, chat_format)[0])
-        theirs = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]).from_string(template).render(
-            messages=[{"role": role, "content": text} for role, text in turns], strftime_now=time.strftime,
-            tools=None, documents=None, bos_token=min(tokenizer.special.keys() & {"<|begin_of_text|>"}, default=""))
-    except Exception as e:                                                # a template is a program, bugs and all
-        return f"{directory}: its chat template could not be rendered ({e!r}); chat format {chat_format} may differ"
-    return None if ours == theirs else (f"{directory}: its chat template would write {theirs!r}, chat format "
+        names = {"messages": [{"role": role, "content": text} for role, text in turns], "tools": None,
+                 "documents": None, "bos_token": min(tokenizer.special.keys() & {"<|begin_of_text|>"}, default="")}
+        done = subprocess.run([sys.executable, "-c", RENDER], input=json.dumps([template, names]), text=True,
+                              capture_output=True, timeout=60)
+        if done.returncode:
+            raise ValueError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+        theirs = json.loads(done.stdout)
+    except Exception as e:                                                # bugs and all
+        return (f"{directory}: its chat template could not be rendered ({str(e)[:200]}); chat format {chat_format} may "
+                "differ")
+    return None if ours == theirs else (f"{directory}: its chat template would write {theirs[:500]!r}, chat format "
                                         f"{chat_format} writes {ours!r}")
 
 
@@ -443,7 +464,11 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
     samples, cut, dropped = [], 0, 0
     for line, row in read_jsonl(path) if rows is None else rows:
         group = None if row.get("group") is None else str(row["group"])
-        sample = encode_sample(as_messages(row, f"{path}:{line}"), tokenizer, chat_format, group, line)
+        messages = as_messages(row, f"{path}:{line}")
+        try:
+            sample = encode_sample(messages, tokenizer, chat_format, group, line)
+        except UserError as e:
+            raise UserError(f"{path}:{line}: {e}") from None
         if max_length is not None and len(sample.ids) > max_length:
             sample = sample._replace(ids=sample.ids[:max_length], response=sample.response[:max_length])
             cut += 1

@@ -58,6 +58,8 @@ def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256
                                     bft.group_confidence(logp, batch.offsets, group_size)), 1)
     if world > 1:
         dist.all_reduce(table)
+    if table.isnan().any():
+        raise UserError("the model gives probabilities that are no numbers (NaN); expected a model that was not ruined")
     return table.cpu().numpy()
 
 
@@ -313,6 +315,8 @@ def find_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise TypeError("expected cpu or cuda")
         torch.empty(1, dtype=torch.float64, device=device)                # the objectives compute in float64
     except (RuntimeError, AssertionError, TypeError) as e:
         raise UserError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}") from None
@@ -347,8 +351,11 @@ def generation_config(directory):
     """The content of generation_config.json, {} if there is none. Raises UserError."""
     path = Path(directory, "generation_config.json")
     try:
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-    except (ValueError, TypeError, RecursionError) as e:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+        return content
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not a generation configuration that we can read: {e}") from None
 
 

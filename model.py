@@ -108,8 +108,8 @@ class GPTConfig:
             raise ValueError(f"low_freq_factor {scaling[1]} is not below high_freq_factor {scaling[2]}")
         eos = c.get("eos_token_id", [])
         eos = tuple(eos) if isinstance(eos, list) else (eos,)
-        if any(type(i) is not int for i in eos):
-            raise ValueError(f"eos_token_id is {hf['eos_token_id']!r}; expected a number or a list of them")
+        if any(type(i) is not int or abs(i) >= 2 ** 31 for i in eos):
+            raise ValueError(f"eos_token_id is {hf['eos_token_id']!r}; expected an id or a list of them")
         return cls(
             vocab_size=number("vocab_size"), n_layer=number("num_hidden_layers", limit=1000), n_head=n_head,
             n_kv_head=n_kv_head, head_dim=head_dim, n_embd=n_embd, max_positions=number("max_position_embeddings"),
@@ -600,7 +600,7 @@ def from_gpt2(name, t):
         t = t.t().contiguous()
     for theirs, ours in GPT2_NAMES:
         name = name.replace(theirs, ours)
-    if ".q_proj." not in name:
+    if ".q_proj." not in name or not t.dim():                             # (of no shape that fits)
         return [(name, t)]
     return [(name.replace(".q_", k), part) for k, part in zip((".q_", ".k_", ".v_"), t.chunk(3))]
 
@@ -700,7 +700,7 @@ def iterate_safetensors(path):
     with open(path, "rb") as f:
         try:
             size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
-            if length > size - 8:
+            if length > min(size - 8, 100_000_000):                       # the library's limit
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
@@ -708,8 +708,9 @@ def iterate_safetensors(path):
             for name, t in sorted(header.items(), key=lambda x: x[1]["data_offsets"]):
                 dtype, shape, start = SAFETENSORS_DTYPES[t["dtype"]], t["shape"], end
                 end = t["data_offsets"][1]
-                if len(shape) > 64 or any(type(n) is not int or not 0 <= n < 2 ** 48 for n in shape) or t[
-                        "data_offsets"] != [start, start + math.prod(shape) * dtype.itemsize]:
+                if len(shape) > 64 or any(type(n) is not int or not 0 <= n < 2 ** 48 for n in shape) or math.prod(
+                        n or 1 for n in shape) >= 2 ** 48 or t["data_offsets"] != [
+                        start, start + math.prod(shape) * dtype.itemsize]:
                     raise ValueError(f"{name}: {t} does not follow the {start} bytes before it")
                 layout.append((name, dtype, shape))
             if f.tell() + end != size:

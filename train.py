@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -100,8 +101,8 @@ class Settings:
 
 # What may differ when a run goes on: of no account, and what changes no more than the rounding of its numbers.
 NO_ACCOUNT = {"out", "save_every", "eval_every", "log_every", "keep", "resume"}
-ROUNDING = {"micro_tokens", "compile", "recompute", "device", "world_size", "git_commit", "python", "torch", "numpy",
-            "tiktoken"}
+ROUNDING = {"micro_tokens", "compile", "recompute", "device", "world_size", "threads", "git_commit", "python", "torch",
+            "numpy", "tiktoken"}
 
 
 def parse_settings(argv):
@@ -126,19 +127,17 @@ def parse_settings(argv):
     s = Settings(**{**(TUNE if default_job else {}), **given})
     s.objective = tuple(dict.fromkeys(s.objective))
     for name in ("group_size", "batch_size", "micro_tokens", "n_layer", "n_head", "n_embd", "log_every", "keep"):
-        if getattr(s, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected at least 1")
+        if not 1 <= getattr(s, name) < 2 ** 31:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected at least 1, below 2**31")
     for name in ("steps", "max_length", "min_lr", "weight_decay", "grad_clip", "lora_rank", "lora_alpha", "save_every",
                  "eval_every", "seed"):
-        if not 0 <= getattr(s, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected 0 or more")
+        if not 0 <= getattr(s, name) < 2 ** 32:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected 0 or more, below 2**32")
     if s.lora_alpha and not s.lora_rank or s.lora_rank and s.init == "scratch":
         raise UserError("--lora-alpha needs --lora-rank" if not s.lora_rank else
                         "--lora-rank adapts a trained model; --init scratch has random weights")
     if not s.steps and s.epochs < 1:
         raise UserError(f"--epochs is {s.epochs}; expected at least 1")
-    if s.seed >= 2 ** 32:
-        raise UserError(f"--seed is {s.seed}; expected less than 2**32")
     if not 0 < s.lr < math.inf or not 0 <= s.warmup <= 1:
         raise UserError(f"--lr is {s.lr} and --warmup {s.warmup}; expected a rate above 0 and a fraction of 0 to 1")
     if s.n_embd % s.n_head or s.n_embd // s.n_head % 2:
@@ -157,7 +156,10 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            store, rank, world = next(dist.rendezvous("env://"))
+            try:
+                store, rank, world = next(dist.rendezvous("env://"))
+            except ValueError as e:
+                raise UserError(f"WORLD_SIZE is {self.world}, but {e}; expected to be started by torchrun") from None
             if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":            # torchrun restarts with the store as it was,
                 restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")   # where dead processes' addresses are
                 store = dist.PrefixStore(f"restart {restart}", store)     # (each node counts for itself)
@@ -166,7 +168,8 @@ class Ranks:
 
     def print(self, *words):
         if self.rank == 0:
-            print(*words, flush=True)
+            with contextlib.suppress(BrokenPipeError):                    # no one reads any more; the run goes on
+                print(*words, flush=True)
 
     def largest(self, number):
         """The largest of the integers that the ranks bring, over gloo: no GPU is waited for."""
@@ -180,11 +183,12 @@ class Ranks:
 
 
 class Stop:
-    """Keeps SIGTERM and SIGINT in `signal` until someone looks (0: none came). A second SIGINT quits at once."""
+    """Keeps SIGTERM, SIGINT or SIGHUP in `signal` until someone looks (0: none came). A second SIGINT quits at once."""
 
     def __enter__(self):
         self.signal = 0
-        self.before = {number: signal.signal(number, self.keep) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self.keep) for number in (
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN}   # (nohup's)
         return self
 
     def keep(self, number, frame):
@@ -195,7 +199,7 @@ class Stop:
     def __exit__(self, error, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.signal and error not in (None, SystemExit):               # no one will look any more
+        if self.signal and error and issubclass(error, RuntimeError):     # a peer obeyed first and is gone
             signal.raise_signal(self.signal)
 
 
@@ -210,7 +214,15 @@ def sha256(*paths):
     return digest(paths[0]) if len(paths) == 1 else [digest(path) for path in paths]
 
 
-def describe(s, objective, files, device):
+def tokens_sha256(samples):
+    """Of all that is learned from or validated on, whatever tokenizer, chat format, limit or code made it."""
+    digest = hashlib.sha256()
+    for x in samples:
+        digest.update(np.int64(len(x.ids)).tobytes() + x.ids.tobytes() + x.response.tobytes())
+    return digest.hexdigest()
+
+
+def describe(s, objective, files, samples, device):
     """What config.json holds: everything that made the run."""
     try:
         git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -222,15 +234,15 @@ def describe(s, objective, files, device):
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                          "tiktoken": tiktoken.__version__},
             "device": f"{device.type}: {name}", "dtype": str(compute_dtype(s.dtype, device)),
-            "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-            "sha256": {name: sha256(*paths) for name, paths in files.items()}}
+            "world_size": int(os.environ.get("WORLD_SIZE", 1)), "threads": torch.get_num_threads(),
+            "sha256": {**{name: sha256(*paths) for name, paths in files.items()}, "tokens": tokens_sha256(samples)}}
 
 
 def differences(old, new):
     """Where two contents of config.json differ, as phrases: (what makes another run, what changes rounding alone)."""
     def flat(config):
         return {**config["settings"], **config["versions"], **config["sha256"], **{key: config[key] for key in (
-            "objective", "dtype", "device", "world_size", "git_commit")}}
+            "objective", "dtype", "device", "world_size", "threads", "git_commit")}}
 
     a, b, found = flat(old), flat(json.loads(json.dumps(new))), ([], [])
     for key in sorted(a.keys() | b.keys()):
@@ -250,8 +262,8 @@ def same_run(out, config, resume):
         raise UserError(f"--out {out}: {parent} cannot be written to; expected a directory that can")
     try:
         another, _ = differences(json.loads((out / "config.json").read_bytes()), config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        if out.exists() and any(out.iterdir()):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if out.exists() and any(p.suffix != ".tmp" for p in out.iterdir()):
             raise UserError(f"--out {out} is there and is no run directory; expected a new path, or a run") from None
         return
     if resume and another:
@@ -260,9 +272,10 @@ def same_run(out, config, resume):
 
 
 def checkpoints(out):
-    """[(step, path)], the newest last."""
-    found = ((p.stem.removeprefix("step-"), p) for p in (out / "checkpoint").glob("step-*.pt"))
-    return sorted((int(n), p) for n, p in found if n.isdigit())
+    """[(step, path)], the newest last. Raises OSError where the directory cannot be read: that is not having none."""
+    names = os.listdir(out / "checkpoint") if (out / "checkpoint").exists() else []
+    found = (re.fullmatch(r"step-([0-9]+)\.pt", name) for name in names)
+    return sorted((int(m[1]), out / "checkpoint" / m[0]) for m in found if m)
 
 
 def save_checkpoint(out, step, trained, optimizer, keep):
@@ -280,7 +293,9 @@ def load_checkpoint(step, path, trained, optimizer):
     with zipfile.ZipFile(path) as whole:                                  # torch reads what a disk garbled as it is
         if part := whole.testzip():
             raise ValueError(f"{part} is damaged")
-    state = torch.load(path, map_location="cpu", weights_only=True)       # (a GPU may have no room for it twice)
+    # A GPU may have no room for it twice; and ranks that only copy from it can share the file's pages.
+    on_gpu = any(p.is_cuda for p in trained.values())
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=on_gpu)
     if state["step"] != step or {name: (p.shape, p.dtype) for name, p in state["model"].items()} != {
             name: (p.shape, p.dtype) for name, p in trained.items()}:
         raise ValueError("it is of another step or another model")
@@ -392,8 +407,8 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
     s = replace(s, compile=device.type == "cuda" if s.compile is None else s.compile)
     total = s.steps or s.epochs * math.ceil(len(samples) / s.batch_size)
     found = checkpoints(out) if s.resume else []
-    finished = found and found[-1][0] == total and (out / "model" / "config.json").is_file()
-    if ranks.largest(bool(finished) if ranks.rank == 0 else 0):           # what rank 0 sees; disks may be slow to agree
+    finished = s.resume and (not found or found[-1][0] == total) and (out / "model" / "config.json").is_file()
+    if ranks.largest(finished and ranks.rank == 0):                       # what rank 0 sees; disks may be slow to agree
         ranks.print(f"{out}: finished, {total} steps; nothing to do")
         return out / "model"
     torch.manual_seed(s.seed)
@@ -417,9 +432,6 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         for old in () if s.resume else ("checkpoint", "model"):
             if (out / old).exists():
                 shutil.rmtree(out / old)
-        (out / "checkpoint").mkdir(parents=True, exist_ok=True)
-        for old in (out / "checkpoint").glob("*.tmp"):                    # of a run that was killed while it wrote
-            old.unlink()
         lines = []
         if start:
             old = json.loads((out / "config.json").read_bytes())
@@ -430,7 +442,13 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
             config = {**config, "earlier": earlier + [{"to_step": start, **old}] * bool(changed)}
             lines = read_metrics(out / "metrics.jsonl", start)            # the log goes on where the checkpoint is
             validated = any("val_nll" in line for line in lines if line["step"] == start)
-        write_whole(out / "config.json", [json.dumps(config, indent=2).encode()])
+            if sum("loss" in line for line in lines) != start:
+                ranks.print(f"warning: {out}/metrics.jsonl has not all of the {start} steps before; lines were lost")
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", [json.dumps(config, indent=2).encode()])   # first: by it a run is known
+        (out / "checkpoint").mkdir(exist_ok=True)
+        for old in (out / "checkpoint").glob("*.tmp"):                    # of a run that was killed while it wrote
+            old.unlink()
         write_whole(out / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
     validated = ranks.largest(validated)
     if s.compile:
@@ -546,7 +564,7 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
                 if (saves or received) and ranks.rank == 0:
                     save_checkpoint(out, step, trained, optimizer, s.keep)
                 pending, tick = [], time.perf_counter()
-        if received:
+        if received := received or ranks.largest(stop.signal):
             ranks.barrier()                                               # whoever left now would have rank 0 killed
             ranks.print(f"{out}: {signal.Signals(received).name}; the same command goes on from step {step}")
             raise SystemExit(128 + received)
@@ -568,9 +586,9 @@ def read_metrics(path, last):
     """The lines of a metrics.jsonl up to step `last`, without what a crash left of one."""
     lines = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= last:
-                lines.append(json.loads(line))
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            if (row := json.loads(line))["step"] <= last:
+                lines.append(row)
     return lines
 
 
@@ -630,7 +648,10 @@ def demo(s, ranks):
     files = {"data": [assets / "pretrain.jsonl"], "tokenizer": [assets / "tokenizer.json"]}
     shared = ("seed", "dtype", "device", "compile", "recompute", "micro_tokens", "n_layer", "n_head", "n_embd")
     b = Settings(**BASE, **{name: getattr(s, name) for name in shared})
-    config = describe(b, "sft", files, ranks.device)
+    texts, _ = load_samples(assets / "pretrain.jsonl", tokenizer)
+    rows, items = plant(list(read_jsonl(assets / "finetune.jsonl")), load_choice(assets / "choice.jsonl"), s.seed)
+    samples, _ = load_samples(assets / "finetune.jsonl", tokenizer, rows=rows)
+    config = describe(b, "sft", files, texts, ranks.device)
     key = [{k: v for k, v in config["settings"].items() if k not in NO_ACCOUNT | ROUNDING}, config["sha256"],
            [(HERE / f"{module}.py").read_text() for module in ("bft", "model", "data", "train")]]
     base = Path("runs") / f"base-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
@@ -638,14 +659,11 @@ def demo(s, ranks):
     extras = model_files(tokenizer, [tokenizer.eos_id], {})
     s = replace(s, init=str(base))                                        # on record: another base is another run
     outs = {objective: Path(s.out) / objective for objective in s.objective}
-    configs = {objective: describe(s, objective, tuned, ranks.device) for objective in outs}
+    configs = {objective: describe(s, objective, tuned, samples, ranks.device) for objective in outs}
     check_memory(scratch(b, tokenizer), b, ranks)
     same_run(base, config, resume=True)
     for objective, out in outs.items():                                   # before the base is trained for nothing
         same_run(out, configs[objective], s.resume)
-    texts, _ = load_samples(assets / "pretrain.jsonl", tokenizer)
-    rows, items = plant(list(read_jsonl(assets / "finetune.jsonl")), load_choice(assets / "choice.jsonl"), s.seed)
-    samples, _ = load_samples(assets / "finetune.jsonl", tokenizer, rows=rows)
 
     ranks.print(f"1. A base model learns the facts of the known genes ({base}, kept for the next time).")
     base = train(b, "sft", base, config, functools.partial(GPT, scratch(b, tokenizer)), texts, [], extras, ranks)
@@ -790,7 +808,7 @@ def finetune(s, ranks):
         files["init"] = [directory / "config.json", *weight_files(directory)]
     check_memory(c, s, ranks)
     s, limit = replace(s, chat_format=find_format(s.chat_format, tokenizer)), c.max_positions
-    if directory and (difference := compare_template(directory, tokenizer, s.chat_format)):
+    if directory and ranks.rank == 0 and (difference := compare_template(directory, tokenizer, s.chat_format)):
         ranks.print(f"warning: {difference}")
     if s.max_length > limit:
         raise UserError(f"--max-length is {s.max_length}; the model's positions end at {limit}")
@@ -813,7 +831,7 @@ def finetune(s, ranks):
     outs = {o: Path(s.out) / o if len(s.objective) > 1 else Path(s.out) for o in s.objective}
     if len(outs) > 1 and (Path(s.out) / "config.json").exists():
         raise UserError(f"--out {s.out} holds a run of one objective; name another one for several")
-    configs = {objective: describe(s, objective, files, ranks.device) for objective in outs}
+    configs = {objective: describe(s, objective, files, sum(sets.values(), []), ranks.device) for objective in outs}
     for objective, out in outs.items():                                   # all of them before the first is trained
         same_run(out, configs[objective], s.resume)
     for objective, out in outs.items():
@@ -826,6 +844,8 @@ def main():
     s, default_job = parse_settings(sys.argv[1:])
     ranks = Ranks(s.device)
     ranks.start()
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))       # by torchrun, with the same command
+    s.resume = bool(s.resume or ranks.largest(restarts))
     (demo if default_job else finetune)(s, ranks)
 
 

@@ -5,11 +5,12 @@
 STEP counts the steps of this process from 1, and the fault comes in the middle of it, after its backward pass:
 
     slow             nothing, but every step and every fsync takes a while, so that there is time to be killed in
-    sigkill, sigterm, sigint        the rank gets this signal
+    sigkill, sigterm, sigint, sighup        the rank gets this signal
     sigint2          it gets this one twice
     validating       it gets SIGTERM as it begins to validate; STEP counts validations
     raise            the rank has a bug
     full             the disk is full from then on (no file may grow beyond 64 kB, which the system calls by another name)
+    sigterm-full     both
     nan, zero        the loss and its gradient are multiplied by it from then on, on every rank
     ... once         as above, but not if RANK STEP were said before, by a process that this one restarts
 """
@@ -42,10 +43,10 @@ def main():
                 "once" not in rest or os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"):
             if fault == "raise":
                 raise ZeroDivisionError("a bug of this rank alone")
-            if fault == "full":
+            if fault.endswith("full"):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 16, 2 ** 16))
             for _ in range(fault.startswith("sig") + fault.endswith("2")):
-                os.kill(os.getpid(), getattr(signal, fault.upper().rstrip("2")))
+                os.kill(os.getpid(), getattr(signal, fault.upper().rstrip("2").removesuffix("-FULL")))
         return share
 
     def cut_short(*args):

@@ -1,6 +1,6 @@
 """Kills runs at random moments and looks whether they end as if nothing had been. test_faults.py does it three times.
 
-    python tests/kill.py 20 [--seed 0]
+    PYTHONPATH=. python tests/kill.py 20 [--seed 0]
 
 A run is one process, one process with adapters, or three ranks under torchrun, in turn. SIGKILL comes when its log has
 reached a random step, or while it writes a checkpoint, to all of its processes or to one of its ranks. The same command

@@ -225,6 +225,26 @@ def test_models_that_keep_different_samples_are_not_compared(tmp_path, monkeypat
     assert (tmp_path / "r.json").exists()
 
 
+def test_a_ruined_model_has_no_scores(tmp_path, monkeypatch, capsys, tokenizer):
+    model = tiny(tokenizer, 0)
+    model.norm.weight.data[0] = math.nan
+    save(model, tmp_path / "model")
+    for task, file in (("nll", "finetune.jsonl"), ("choice", "choice.jsonl")):
+        monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "model"), "--tasks", task, "--data", str(ASSETS / file), "--out", str(tmp_path / "r.json")])
+        with pytest.raises(SystemExit) as exit:
+            run(evaluation.main)
+        assert exit.value.code == 2 and "no numbers (NaN)" in capsys.readouterr().err and not (tmp_path / "r.json").exists()
+
+
+def test_scoring_can_be_cut_short(tokenizer):
+    model, calls = tiny(tokenizer, 0), []
+    samples, _ = load_samples(ASSETS / "finetune.jsonl", tokenizer)
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(0))
+    evaluation.score(model, samples[:20], micro_tokens=100, stopped=lambda: len(calls) == 2)
+    assert len(calls) == 2
+    hook.remove()
+
+
 def test_the_page_shows_what_each_loss_looks_at(tmp_path, monkeypatch, capsys, tokenizer):
     """Numbers against bft's own functions and loops; every text escaped; nothing from elsewhere."""
     save(tiny(tokenizer, 0), tmp_path / "a&b")

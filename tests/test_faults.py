@@ -13,7 +13,7 @@ from pathlib import Path
 import kill
 import pytest
 import torch
-from kill import KINDS, assert_same, finish, metrics
+from kill import ASSETS, KINDS, assert_same, finish, metrics
 from test_train import call
 
 import train
@@ -50,13 +50,15 @@ def errors(output):
 # ---------------------------------------------------------------------------------------------------------------------
 # Invariant 2
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_ends_as_if_nothing_had_been(kind, directory):
-    kill.kill_once(kind, directory, random.Random(KINDS.index(kind)))
+@pytest.mark.parametrize("kind, seed", list(zip(KINDS, (22, 28, 12))))
+def test_a_killed_run_ends_as_if_nothing_had_been(kind, seed, directory):
+    """One process while it saves step 6, adapters some time after step 5, one of three ranks some time after step 9."""
+    done = kill.kill_once(kind, directory, random.Random(seed))
+    assert ("saving" in done) == (kind == "one process") and ("one rank" in done) == (kind == "three ranks")
 
 
-@pytest.mark.parametrize("fault, code, saved", [("sigterm 0 5", 143, 5), ("sigint 0 5", 130, 5), ("sigint2 0 5", 130, 3),
-                                                ("validating 0 3", 143, 6)])
+@pytest.mark.parametrize("fault, code, saved", [("sigterm 0 5", 143, 5), ("sigint 0 5", 130, 5), ("sighup 0 5", 129, 5),
+                                                ("sigint2 0 5", 130, 3), ("validating 0 3", 143, 6)])
 def test_a_signal_stops_after_the_step_and_its_checkpoint(fault, code, saved, one, tmp_path):
     argv, whole = one
     stopped, output = finish(1, fault, *argv, "--out", tmp_path)
@@ -82,8 +84,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(three, tmp_path):
 
 
 def test_torchrun_restarts_go_on_by_themselves(three, tmp_path):
+    """Whatever --no-resume meant the first time."""
     argv, whole = three
-    code, output = finish(3, "sigkill 2 8 once", *argv, "--out", tmp_path, restarts=1)
+    code, output = finish(3, "sigkill 2 8 once", *argv, "--no-resume", "--out", tmp_path, restarts=1)
     assert code == 0 and "from step 0" in output and "from step 6" in output, output
     assert_same(whole, tmp_path)
 
@@ -138,13 +141,23 @@ def test_other_settings_are_another_run(change, directory, tmp_path, monkeypatch
     assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 2
     name = f"another content of {change}" if isinstance(change, str) else change[0].strip("-").replace("-", "_")
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"holds another run ({name}" in error
+    assert error.count("\n") == 1 and "holds another run (" in error and name in error
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_other_tokens_are_another_run_whatever_made_them(directory, tmp_path, monkeypatch, capsys):
+    """Here the id that ends a text, which config.json names where tokenizer_config.json does not."""
+    (tmp_path / "tokenizer.json").write_bytes((ASSETS / "tokenizer.json").read_bytes())
+    argv = [*kill.command("one process", directory), "--tokenizer", tmp_path, "--steps", 1, "--out", tmp_path / "run"]
+    for eos, code in ((0, 0), (7, 2)):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+        assert call(monkeypatch, *argv) == code
+    assert "holds another run (another content of tokens)" in capsys.readouterr().err
 
 
 def test_it_is_the_dtype_that_counts_not_what_it_was_called():
     def config(asked, dtype, **change):
-        return {"objective": "bft", "settings": {"dtype": asked, "lr": 1.0, "data": "here"}, "versions": {"torch": "2"}, "sha256": {"data": "a"},
+        return {"objective": "bft", "settings": {"dtype": asked, "lr": 1.0, "data": "here"}, "versions": {"torch": "2"}, "sha256": {"data": "a"}, "threads": 1,
                 "dtype": f"torch.{dtype}", "device": "cpu", "world_size": 1, "git_commit": None, **change}
     old = config("auto", "bfloat16")
     assert train.differences(old, config("bfloat16", "bfloat16")) == ([], [])
@@ -180,7 +193,7 @@ def cut(path, planted):
 
 def another_model(path, planted):
     state = torch.load(path, weights_only=True)
-    torch.save({**state, "model": {name: t[:, :-1] if t.dim() == 2 else t for name, t in state["model"].items()}}, path)
+    torch.save({**state, "model": {name: t[:1] for name, t in state["model"].items()}}, path)   # which could be spread over ours
 
 
 def another_step(path, planted):
@@ -231,6 +244,75 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(one, tmp_path):
     assert_same(whole, tmp_path)
 
 
+def test_a_full_disk_is_not_hidden_by_a_signal(one, tmp_path):
+    argv, _ = one
+    code, output = finish(1, "sigterm-full 0 5", *argv, "--out", tmp_path)
+    assert code == 1 and errors(output) == [f"error: {tmp_path}/checkpoint/step-5.pt: File too large"]
+    assert steps_saved(tmp_path) == [3]
+
+
+def test_a_signal_in_the_last_checkpoint_is_heard(directory, tmp_path, monkeypatch, capsys):
+    argv = [*kill.command("one process", directory), "--steps", 4, "--objective", "sft", "bft", "--out", tmp_path]
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda *a: save(*a) or a[1] == 4 and os.kill(os.getpid(), signal.SIGTERM))
+    assert call(monkeypatch, *argv) == 143 and not (tmp_path / "bft").exists()
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert call(monkeypatch, *argv) == 0 and steps_saved(tmp_path / "bft") == [3, 4]
+    (tmp_path / "sft" / "checkpoint" / "step-4.pt").unlink()
+    (tmp_path / "sft" / "checkpoint" / "step-3.pt").unlink()              # to save space: what is finished stays finished
+    capsys.readouterr()
+    assert call(monkeypatch, *argv) == 0 and capsys.readouterr().out.count("finished, 4 steps") == 2
+
+
+def test_a_run_killed_before_its_first_file_was_whole(directory, tmp_path, monkeypatch):
+    argv = [*kill.command("one process", directory), "--steps", 1, "--out", tmp_path / "run"]
+    write, written = train.write_whole, []
+
+    def killed(path, chunks):
+        written.append(Path(path).name)
+        Path(f"{path}.tmp").write_bytes(b"half")
+        raise SystemExit(-9)
+    monkeypatch.setattr(train, "write_whole", killed)
+    assert call(monkeypatch, *argv) == -9 and written == ["config.json"]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json.tmp"]   # by config.json a run is known: it comes first
+    monkeypatch.setattr(train, "write_whole", write)
+    assert call(monkeypatch, *argv) == 0 and steps_saved(tmp_path / "run") == [1]
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_none(directory, tmp_path, monkeypatch, capsys):
+    argv = [*kill.command("one process", directory), "--steps", 4]
+    assert call(monkeypatch, *argv, "--out", tmp_path) == 0
+    (tmp_path / "model" / "config.json").unlink()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    listdir = os.listdir
+
+    def refuse(path="."):
+        if Path(path).name == "checkpoint":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+    monkeypatch.setattr(os, "listdir", refuse)
+    capsys.readouterr()
+    assert call(monkeypatch, *argv, "--out", tmp_path) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/checkpoint: Permission denied\n"
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_lost_lines_of_the_log_are_missed(directory, tmp_path, monkeypatch, capsys):
+    argv = [*kill.command("one process", directory), "--steps", 4, "--out", tmp_path]
+    assert call(monkeypatch, *argv) == 0
+    (tmp_path / "model" / "config.json").unlink()
+    (tmp_path / "checkpoint" / "step-4.pt").unlink()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for garbled in (lines[:1] + ["[" * 100_000 + "\n"] + lines[2:], []):
+        (tmp_path / "metrics.jsonl").write_text("".join(garbled))
+        capsys.readouterr()
+        assert call(monkeypatch, *argv) == 0
+        assert "has not all of the 3 steps before" in capsys.readouterr().out
+        (tmp_path / "model" / "config.json").unlink()
+        (tmp_path / "checkpoint" / "step-4.pt").unlink()
+
+
 def test_a_directory_that_cannot_be_written_to(directory, monkeypatch, capsys, tmp_path):
     argv = kill.command("one process", directory)
     assert call(monkeypatch, *argv, "--out", "/proc/run") in (1, 2)       # 1: the superuser may write there, but cannot
@@ -242,8 +324,14 @@ def test_a_directory_that_cannot_be_written_to(directory, monkeypatch, capsys, t
     assert f"{tmp_path} cannot be written to" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a"
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, done, fsync, replace = tmp_path / "a", [], os.fsync, os.replace
+    with monkeypatch.context() as m:                                      # on the disk, then the name, then the name on the disk
+        m.setattr(os, "fsync", lambda f: done.append(f"fsync {os.readlink(f'/proc/self/fd/{f}')}") or fsync(f))
+        m.setattr(os, "replace", lambda a, b: done.append(f"rename {a}") or replace(a, b))
+        with replacing(path) as f:
+            f.write(b"content")
+    assert done == [f"fsync {path}.tmp", f"rename {path}.tmp", f"fsync {tmp_path}"]
     for content in (b"old", b"new"):
         with replacing(path) as f:
             f.write(content)

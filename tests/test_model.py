@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -218,7 +219,7 @@ REFUSED = [({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaFor
            ({"hidden_size": 64}, "does not fit its config.json"), ({"tie_word_embeddings": False}, "lm_head"),
            ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"), ({"attention_bias": 1}, "attention_bias is 1"),
            ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 64}},
-            "low_freq_factor 4.0 is not below"), ({"eos_token_id": 2 ** 40, "max_position_embeddings": 2 ** 40}, "max_position_embeddings is 1099511627776")]
+            "low_freq_factor 4.0 is not below"), ({"max_position_embeddings": 2 ** 40}, "max_position_embeddings is 1099511627776"), ({"eos_token_id": 2 ** 40}, "eos_token_id is 1099511627776")]
 # Sizes that would take this machine's memory, or its time, if a module were made of them.
 REFUSED += [({key: value}, f"{key} is {value}") for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
                                                            "num_attention_heads") for value in (2 ** 31, 10 ** 18)]
@@ -631,12 +632,24 @@ def with_header(header, data=b"\0" * 16):
 F = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
+def test_a_header_longer_than_any_is_not_read(tmp_path):
+    with open(tmp_path / "a.safetensors", "wb") as f:
+        f.write((200_000_000).to_bytes(8, "little"))
+        f.truncate(300_000_000)                                           # of zeros, which take no disk
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="a header of 200000000 bytes in a file of 300000000"):
+        load_safetensors(tmp_path / "a.safetensors")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("content", [
     with_header({"a": F, "b": F}), with_header({"a": F, "b": {**F, "data_offsets": [4, 12]}}), with_header({"a": {**F, "dtype": "F8_E4M3"}}),
     with_header({"a": {**F, "data_offsets": [8, 16]}}), with_header({"a": {**F, "shape": [2 ** 40], "data_offsets": [0, 2 ** 42]}}),
     with_header({"a": {**F, "shape": [-2]}}), with_header({"a": {**F, "shape": [-2, -1]}}, b"\0" * 8), with_header({"a": {**F, "shape": [2.0]}}, b"\0" * 8),
+    with_header({"a": {**F, "shape": [2 ** 40, 2 ** 40, 0], "data_offsets": [0, 0]}}, b""),
     with_header({"a": {**F, "shape": 2}}), with_header({"a": 3}), with_header([]), with_header({"a": F}), (2 ** 63).to_bytes(8, "little") + b"{}"],
-    ids=["twice", "overlap", "dtype", "hole", "beyond", "negative", "negative pair", "float", "no list", "no object", "list", "rest", "length"])
+    ids=["twice", "overlap", "dtype", "hole", "beyond", "negative", "negative pair", "float", "empty but absurd", "no list", "no object", "list", "rest", "length"])
 def test_a_header_that_lies_is_refused_before_anything_is_allocated(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)

@@ -157,11 +157,19 @@ def test_ids_may_have_gaps_but_must_be_ids(tmp_path):
         else:
             with pytest.raises(data.UserError, match=f"added token <new> has id {i}; `tokenizers` would give it {len(rename)}"):
                 data.load_tokenizer(path)
-    for odd in (-1, 1.5, True, "7", None):
+    for odd in (-1, 1.5, True, "7", None, 2 ** 40):
         token = next(iter(spec["model"]["vocab"]))
         path.write_text(json.dumps({**spec, "model": {**spec["model"], "vocab": {**spec["model"]["vocab"], token: odd}}}))
         with pytest.raises(data.UserError, match=f"an id is {odd!r}; expected whole numbers"):
             data.load_tokenizer(path)
+
+
+def test_marks_that_no_text_has_are_refused_where_they_would_take_forever(tmp_path):
+    ours = data.load_tokenizer(build("qwen", tmp_path))
+    assert ours.encode("a" + "\u0301" * 1000) and ours.encode("e\u0301 " * 100_000)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" + "\u0301\u0323" * 500_000}))
+    with pytest.raises(data.UserError, match="a.jsonl:1: more than 1,000 combining marks"):
+        data.load_samples(tmp_path / "a.jsonl", ours)
 
 
 def test_unsupported_tokenizers_are_refused_by_name(tmp_path):
@@ -270,6 +278,6 @@ def test_a_template_that_does_more_is_quoted(directory, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(
         "{% if tools is not none or documents is not none or strftime_now('%Y') < '2025' %}{{ raise_exception() }}{% endif %}" + CHATML)
     assert data.compare_template(tmp_path, ours, "chatml") is None        # what transformers gives to every template
-    for broken in ("{% if %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}"):
+    for broken in ("{% if %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", "{{ 'a' * 6000000000 }}"):
         (tmp_path / "chat_template.jinja").write_text(broken)
         assert "could not be rendered" in data.compare_template(tmp_path, ours, "chatml")
