@@ -161,49 +161,8 @@ def inspect_page(results, group_size):
                          "s": {objective: row["s"] for objective, row in item["weights"].items()},
                          "w": {objective: numbers(row["w"]) for objective, row in item["weights"].items()}})
     parts = {"GROUP": str(group_size), "BLOCKS": "".join(blocks), "DATA": json.dumps(data).replace("<", "\\u003c")}
-    return re.sub("@(GROUP|BLOCKS|DATA)@", lambda m: parts[m[1]], PAGE)   # in one pass: text may hold such a word
-
-
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>What each loss looks at</title><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:0 auto;padding:0 1em 6em;color:#111;background:#fff}
-h2{font-size:1em;margin:1.6em 0 0} p{margin:.2em 0 .5em}
-.t{white-space:pre-wrap;overflow-wrap:anywhere;color:#777;font:15px/2 ui-monospace,monospace}
-.t b{font-weight:400;padding:2px 0} .g{border-bottom:3px solid #d55e00} b:hover{outline:2px solid #000}
-header{position:sticky;top:0;background:#fff;border-bottom:1px solid #999;padding:.6em 0;z-index:1}
-select{font:inherit} .k{display:inline-block;width:12em;height:1em;vertical-align:-2px;margin:0 .5em;
-border:1px solid #999;background:linear-gradient(90deg,#ffffd9,#c7e9b4,#41b6c4,#225ea8,#081d58)}
-.g{scroll-margin-top:6em} #n{font:13px/1.5 ui-monospace,monospace;white-space:pre-wrap;position:fixed;bottom:0;left:0;
-right:0;margin:0;padding:.4em 1em;background:#fff;border-top:1px solid #999;min-height:4.5em}</style>
-<header><label>Colour: <select id=m></select></label> 0<span class=k></span>1 &ensp; <span class=g>minimum group</span>
-(of g = @GROUP@ response tokens) &ensp; grey: prompt, which no loss looks at</header>
-@BLOCKS@<pre id=n>Point at a token to see its numbers.</pre><script>
-const data = @DATA@, stops = [[255,255,217],[199,233,180],[65,182,196],[34,94,168],[8,29,88]];
-const blocks = [...document.querySelectorAll('.t')].map(t => [...t.querySelectorAll('b')]);
-const menu = document.getElementById('m');
-const names = data.length ? Object.keys(data[0].w) : [];
-for (const [value, text] of [['p', 'p, the probability of the token'], ['c', 'c, the local confidence'],
-     ...names.map(o => ['w ' + o, o + ': w, the weight of the token']),
-     ...names.map(o => ['s ' + o, o + ': s w, with that of the sample'])]) menu.add(new Option(text, value));
-function value(d, t, mode) {
-  const [what, o] = mode.split(' ');
-  return o === undefined ? d[what][t] : d.w[o][t] * (what === 's' ? d.s[o] : 1);
-}
-function paint() {
-  blocks.forEach((tokens, i) => tokens.forEach((token, t) => {
-    const x = 4 * Math.min(1, Math.max(0, value(data[i], t, menu.value))), k = Math.min(3, Math.floor(x));
-    token.style.background = 'rgb(' + stops[k].map((v, j) => Math.round(v + (x - k) * (stops[k + 1][j] - v))) + ')';
-    token.style.color = x < 2.3 ? '#111' : '#fff';
-  }));
-}
-blocks.forEach((tokens, i) => tokens.forEach((token, t) => token.onmouseenter = () => {
-  const d = data[i], f = v => v.toFixed(4);
-  document.getElementById('n').textContent = JSON.stringify(token.textContent) + '  p ' + f(d.p[t]) + '  -log p ' +
-    f(-Math.log(d.p[t])) + '  c ' + f(d.c[t]) + '\\n' +
-    names.map(o => o + ': w ' + f(d.w[o][t]) + ', s w ' + f(d.s[o] * d.w[o][t])).join('   ');
-}));
-menu.onchange = paint; paint();
-</script></html>
-"""
+    page = (Path(__file__).resolve().parent / "assets" / "inspect.html").read_text(encoding="utf-8")
+    return re.sub("@(GROUP|BLOCKS|DATA)@", lambda m: parts[m[1]], page)   # in one pass: text may hold such a word
 
 
 # ---------------------------------------------------------------------------------------------------------------------

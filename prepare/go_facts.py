@@ -97,6 +97,8 @@ memory, to imitate wrong labels; here every one of them is the sourced answer.
 | `choice.jsonl` | `question`, `choices`, `answer` (index), `group`, `fact`, `quad` |
 | `tokenizer.json` | byte-level BPE trained on these texts, in the format of Hugging Face's `tokenizers` |
 
+(`inspect.html` is no data: it is what `eval.py --tasks inspect` fills in.)
+
 The four options of a choice item are the answers of its quad: four facts of one kind and stratum, each answer right
 once. The three others are *not annotated* for the gene, with any evidence, nor is anything below them. That is not the
 same as false: the ontology is open-world, and this release is of its date. Not for clinical use.
