@@ -83,7 +83,7 @@ class Settings:
                            action="store_true")
     lora_rank: int = flag(0, "rank of adapters (LoRA) on all linear layers of the blocks; 0: train all weights")
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / rank; 0: twice the rank")
-    save_every: int = flag(0, "steps between checkpoints; 0: only at the end")
+    save_every: int = flag(500, "steps between checkpoints; 0: only at the end")
     eval_every: int = flag(0, "steps between validations; 0: only before the first step and after the last")
     log_every: int = flag(10, "steps between lines on the terminal; only then is a GPU waited for, a line for each "
                           "step written to metrics.jsonl, and a loss that is no number found")
