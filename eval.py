@@ -58,9 +58,13 @@ def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256
                                     bft.group_confidence(logp, batch.offsets, group_size)), 1)
     if world > 1:
         dist.all_reduce(table)
-    if table.isnan().any():
-        raise UserError("the model gives probabilities that are no numbers (NaN); expected a model that was not ruined")
+    refuse_nan(table)
     return table.cpu().numpy()
+
+
+def refuse_nan(values):
+    if values.isnan().any():
+        raise UserError("the model gives probabilities that are no numbers (NaN); expected a model that was not ruined")
 
 
 def segment_sum(values, offsets):
@@ -122,6 +126,7 @@ def inspect_items(model, tokenizer, samples, dtype=torch.float32, group_size=256
         batch = collate([sample]).to(device)
         with autocast(device, dtype):
             logp = model(batch.input_ids, batch.lengths, batch.at, batch.targets).cpu().double()   # (n_b,)
+        refuse_nan(logp)
         sums, g = F.pad(logp.cumsum(0), (1, 0)), min(group_size, len(logp))
         first = int((sums[g:] - sums[:-g]).argmin())                      # the first of equal ones
         rest = logp, batch.offsets, group_size

@@ -218,21 +218,21 @@ def directory_of_a_model(directory, rng, made):
 
 
 def checkpoint(directory, rng, made):
-    """What is loaded is what was saved, to the bit."""
-    net, optimizer, raw = made["checkpoint"]
-    trained = dict(net.named_parameters())
-    before = [t.clone() for t in trained.values()]
-    path = directory / "step-3.pt"
+    """What is loaded is what was saved, weights and moments, to the bit."""
+    raw, saved = made["checkpoint"]
+    path, net = directory / "step-3.pt", tiny(seed=1, vocab_size=len(SPECIAL))   # another start than the saved one's
     path.write_bytes(spoil_bytes(raw, rng))
+    trained, optimizer = dict(net.named_parameters()), torch.optim.AdamW(net.parameters())
     try:
         train.load_checkpoint(3, path, trained, optimizer)
     except Exception:                                                     # load_newest catches and reports any
-        with torch.no_grad():
-            for p, t in zip(trained.values(), before):
-                p.copy_(t)
         return "refused"
-    assert all(torch.equal(p, t) for p, t in zip(trained.values(), before))
+    assert all(torch.equal(t, u) for t, u in zip(tensors(trained, optimizer), saved, strict=True))
     return "loaded"
+
+
+def tensors(trained, optimizer):
+    return [t.detach().clone() for part in (trained, *optimizer.state_dict()["state"].values()) for t in part.values()]
 
 
 def whole_run(directory, rng, made):
@@ -249,6 +249,9 @@ def whole_run(directory, rng, made):
         return "refused"
     lines = [json.loads(line) for line in (directory / "out" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4 and all(p.stat().st_size for p in (directory / "out" / "model").iterdir())
+    contents = json.loads((directory / "out" / "config.json").read_text())["sha256"]
+    if all(contents[key] == made["contents"][key] for key in ("init", "tokens")):   # then nothing else may have mattered
+        assert (directory / "out" / "model" / "model.safetensors").read_bytes() == made["result"]
     return "loaded"
 
 
@@ -293,9 +296,11 @@ def make(directory):
     shutil.copytree(made["models"] / "llama", run / "base")
     (run / "data.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS))
     assert train_in(run)[0] == 0
+    made["result"] = (run / "out" / "model" / "model.safetensors").read_bytes()
+    made["contents"] = json.loads((run / "out" / "config.json").read_text())["sha256"]
     (run / "out" / "checkpoint" / "step-4.pt").unlink()                   # it is to go on from step 2
     shutil.rmtree(run / "out" / "model")
-    return {**made, "checkpoint": (net, optimizer, path.read_bytes())}
+    return {**made, "checkpoint": (path.read_bytes(), tensors(dict(net.named_parameters()), optimizer))}
 
 
 TARGETS = {"jsonl": jsonl, "tokenizer": tokenizer, "model": directory_of_a_model, "checkpoint": checkpoint, "run": whole_run}

@@ -229,7 +229,7 @@ def test_a_ruined_model_has_no_scores(tmp_path, monkeypatch, capsys, tokenizer):
     model = tiny(tokenizer, 0)
     model.norm.weight.data[0] = math.nan
     save(model, tmp_path / "model")
-    for task, file in (("nll", "finetune.jsonl"), ("choice", "choice.jsonl")):
+    for task, file in (("nll", "finetune.jsonl"), ("choice", "choice.jsonl"), ("inspect", "finetune.jsonl")):
         monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "model"), "--tasks", task, "--data", str(ASSETS / file), "--out", str(tmp_path / "r.json")])
         with pytest.raises(SystemExit) as exit:
             run(evaluation.main)

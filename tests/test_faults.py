@@ -97,7 +97,8 @@ def test_another_world_size_goes_on_with_the_same_samples(one, tmp_path):
     code, output = finish(1, None, *argv, "--out", tmp_path / "whole")
     assert code == 0, output
     code, output = finish(1, None, *argv, "--keep", 9, "--out", tmp_path / "cut")
-    for step in (12, 14):                                                 # as if it had been killed at step 10
+    assert code == 0, output
+    for step in (12, 14):                                                 # as if it had been killed before step 12 was saved
         (tmp_path / "cut" / "checkpoint" / f"step-{step}.pt").unlink()
     code, output = finish(2, None, *argv, "--micro-tokens", 200, "--keep", 9, "--out", tmp_path / "cut")
     assert code == 0 and "from step 9" in output
