@@ -2,6 +2,7 @@
 
     python eval.py RUN_OR_MODEL [...] --tasks nll choice --data FILE [...] --out results.json
     python eval.py RUN_OR_MODEL [...] --prompt "What causes gout?"
+    python eval.py RUN [...] --tasks plot --out pictures.json
 
 A model is a run of `train.py`, a Hugging Face directory or repository id. Each task reads the --data file of its place:
 
@@ -9,12 +10,15 @@ A model is a run of `train.py`, a Hugging Face directory or repository id. Each 
     choice    {"question", "choices", "answer", "context"?}: multiple choice by log-likelihood; acc, acc_norm (by
               characters) and acc_bytes as lm-evaluation-harness defines them
     inspect   samples: a page of HTML beside --out with some samples' tokens coloured by p, c, and each loss's weights
+    plot      no file and no other task: pictures beside --out: the training curves of runs on shared axes, and for a
+              directory of `python train.py` its frontiers and its gradients
 
 Models are columns; where lines carry a `group`, each group is a row. Differences are to the first model, over the same
 items, with a paired bootstrap 95% interval.
 """
 
 import html
+import itertools
 import json
 import math
 import os
@@ -31,7 +35,7 @@ from data import (
     CHAT_FORMATS, CHAT_TOKENS, Parser, Sample, UserError, collate, compare_template, deal, encode_turns, find_format,
     load_choice, load_samples, load_tokenizer, run
 )
-from model import GPT, autocast, compute_dtype, find_directory, read_config, weight_files, write_whole
+from model import GPT, autocast, compute_dtype, find_directory, read_config, replacing, weight_files, write_whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,9 +194,8 @@ def interval(resampled):
     return tuple(np.percentile(resampled, (2.5, 97.5)).tolist())
 
 
-def wilson(hits, z=1.959964):
-    """95% Wilson score interval of a proportion; unlike the bootstrap's it has a width at 0% and 100%."""
-    n, p = len(hits), float(np.mean(hits))
+def wilson(p, n, z=1.959964):
+    """95% Wilson score interval of a proportion p of n; unlike the bootstrap's it has a width at 0% and 100%."""
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
@@ -233,7 +236,7 @@ def summarise(task, results, measures=None):
                 values = [r[source] for r in items]
                 weights = [r[weight] for r in items] if weight else None
                 drawn[name] = of(bootstrap(values, weights))
-                low, high = wilson(values) if percent else interval(drawn[name])
+                low, high = wilson(np.mean(values), len(values)) if percent else interval(drawn[name])
                 cell = {"value": float(of(np.sum(values) / np.sum(weights or len(values)))), "value_low": low,
                         "value_high": high}
                 if name != first:
@@ -263,6 +266,350 @@ def print_table(rows, title):
     print(f"\n{title}")
     for label, *cells in table:
         print(label.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths[1:])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default job of train.py: many trainings from bases with different seeds, and what can be said of them
+
+STRATA = ("known", "weak", "novel", "planted", "known, held out", "weak, held out")
+WEIGHTED = ("bft-token", "bft", "bft-v3")
+# text, objectives, compared with the first objective where, in what, sign (0: less than 5 points either way)
+PREDICTIONS = [
+    ("At one learning rate bft-token, bft and bft-v3 learn fewer novel facts than sft.", WEIGHTED, "lr",
+     ("novel", "acc"), -1),
+    ("At one learning rate they follow fewer wrong labels.", WEIGHTED, "lr", ("planted", "followed"), -1),
+    ("At one learning rate they forget fewer facts.", WEIGHTED, "lr", ("held out", "lost"), -1),
+    ("At equal novel accuracy they still follow fewer wrong labels, which the base gives a smaller p than novel facts.",
+     WEIGHTED, "frontier", ("planted", "followed"), -1),
+    ("sft-sample stays within 5 points of sft's frontier, since answers are of much the same length.", ("sft-sample",),
+     "frontier", ("planted", "followed"), 0),
+]
+# 97.5% quantiles of Student's t, 1 to 9 degrees of freedom.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def seed_interval(values):
+    """(mean, low, high) of values (S,), one of each seed: the mean and its 95% t interval over trainings, which has no
+    bounds for one seed."""
+    mean, freedom, z = float(np.mean(values)), len(values) - 1, 1.959964
+    if freedom == 0:
+        return mean, -math.inf, math.inf
+    t = T975[freedom - 1] if freedom <= 9 else z + (z ** 3 + z) / (4 * freedom) + (
+        5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)           # Cornish and Fisher's expansion
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(freedom + 1)
+    return mean, mean - half, mean + half
+
+
+def crossing(path, level):
+    """Where the broken line through path (P,) first rises to level: i + f, between points i and i + 1; nan: nowhere."""
+    for i, (a, b) in enumerate(itertools.pairwise(path)):
+        if a < level <= b:
+            return i + (level - a) / (b - a)
+    return math.nan
+
+
+def along(path, position):
+    """The height of the broken line through path (P,) at a position as `crossing` gives it."""
+    return math.nan if math.isnan(position) else float(np.interp(position, np.arange(len(path)), path))
+
+
+def frontier_gap(x, y, other_x, other_y):
+    """The mean of y minus other_y at equal x, over all x from the common first point (the base) to the lower of the two
+    maxima. x, y: (P,) heights along one objective's learning rates. nan if one of them never rises above the base."""
+    top = min(max(x), max(other_x))
+    if not top > x[0]:
+        return math.nan
+    levels = x[0] + (top - x[0]) * (np.arange(50) + 0.5) / 50
+    return float(np.mean([along(y, crossing(x, v)) - along(other_y, crossing(other_x, v)) for v in levels]))
+
+
+def curves(results):
+    """{objective: {(stratum, measure): (seeds, 1 + learning rates)}}: means over items, the base's first. Measures: acc
+    and nll of the right answer; of planted facts also followed; of "held out" ones `lost`, the fall of acc since the
+    base."""
+    means = {}
+    for m in results["models"]:
+        values = {}
+        for x in m["items"]:
+            for measure in ("acc", "nll", "followed"):
+                if measure in x:
+                    values.setdefault((x["group"], measure), []).append(x[measure])
+        means[m["objective"], m["seed"], m["lr"]] = {key: np.mean(v) for key, v in values.items()}
+    out = {}
+    for name in results["objectives"]:
+        rows = [[means["base", s, 0], *(means[name, s, lr] for lr in results["lrs"])] for s in results["seeds"]]
+        out[name] = {key: np.array([[m[key] for m in row] for row in rows]) for key in rows[0][0]}
+        kept = (out[name]["known, held out", "acc"] + out[name]["weak, held out", "acc"]) / 2   # as many of each
+        out[name]["held out", "lost"] = kept[:, :1] - kept
+    return out
+
+
+def report(results):
+    """The default job's findings as text: frontiers, strata at equal novel accuracy and at an equal learning rate,
+    gradients, and what became of PREDICTIONS. results: what train.py's demo saves."""
+    names, seeds, lrs = results["objectives"], results["seeds"], results["lrs"]
+    c, first, several, rates = curves(results), names[0], len(seeds) > 1, [0, *lrs]
+    n = {g: sum(x["group"] == g for x in results["models"][0]["items"]) for g in STRATA}
+    novel, followed, lost = ("novel", "acc"), ("planted", "followed"), ("held out", "lost")
+    lines, differences = [], {}
+
+    def cell(values, scale, form, of=0):
+        """Mean and interval over seeds; that of a share of `of` items is never narrower than over items alone."""
+        mean, low, high = seed_interval(values)
+        if math.isnan(mean):
+            return "-"
+        if of:
+            w_low, w_high = wilson(min(max(mean, 0), 1), of)
+            low, high = (max(0, min(low, w_low)), min(1, max(high, w_high))) if several else (w_low, w_high)
+        brackets = f" [{low * scale:{form}},{high * scale:{form}}]" if several or of else ""
+        return f"{mean * scale:{'' if of or form == '.2f' else '+'}{form}}" + brackets
+
+    def table(title, positions, where):
+        """Each objective read off at its positions on its curves, one for each seed, and minus the first objective."""
+        lines.extend(["", title])
+        shares = [*((g, "acc") for g in STRATA[:4]), followed, *((g, "acc") for g in STRATA[4:])]
+        for keys, scale, form, width, what in (
+                (shares, 100, ".0f", 15, "Right answer picked, %; wrong label: the planted one picked, %"),
+                ([(g, "nll") for g in STRATA], 1, ".2f", 19, "NLL of the right answer, nats per token")):
+            heading = ["wrong label" if key == followed else "held-out " * ("," in key[0]) + key[0].split(",")[0]
+                       for key in keys]
+            lines.extend([what, " " * 11 + "lr".rjust(8) + "".join(h.rjust(width) for h in heading)])
+            at = {name: {key: np.array([along(row, p) for row, p in zip(c.get(name, c[first])[key], places)])
+                         for key in [*keys, lost]} for name, places in positions.items()}
+            for name, places in positions.items():
+                lr = np.mean([along(rates, p) for p in places])
+                lines.append(f"{name:11s}{lr:8.2g}" + "".join(
+                    cell(at[name][key], scale, form, n[key[0]] if keys is shares else 0).rjust(width) for key in keys))
+            for name in names[1:]:
+                differences.update({(where, name, key): at[name][key] - at[first][key] for key in at[name]})
+                if several:
+                    lines.append(f"{name + ' - ' + first:19s}" + "".join(
+                        cell(differences[where, name, key], scale, form).rjust(width) for key in keys))
+
+    sizes = "; ".join(f"{count} {g}" for g, count in n.items())
+    knows = np.mean([c[first][g, "acc"][:, 0] for g in ("known", "known, held out", "planted")])
+    lines += [
+        f"What each loss learns, by what the model already believes: {len(seeds)} base(s), each fine-tuned "
+        f"{len(names)} x {len(lrs)} times.",
+        f"Facts: {sizes}. Four options, so that chance is 25%.",
+        "Known genes were pre-trained often, weak ones a few times, novel ones never; planted facts are known ones",
+        "fine-tuned on a wrong label; held-out ones are not fine-tuned: what is lost of them is forgotten.",
+        f"The bases answer {knows:.0%} of their known and planted facts.",
+        *(["Brackets: 95% intervals over seeds (Student's t), for shares never narrower than over items. The facts are",
+           "the same with every seed; the bases, the wrong labels and the order are not."] if several else
+          ["One seed: brackets are over items alone, and say nothing of other trainings; --seeds 0 1 2 trains three."]),
+        "", "FRONTIER: novel facts right / wrong labels followed / held-out facts lost, %, by learning rate (0: base)",
+        " " * 11 + "".join(f"{lr:g}".rjust(15) for lr in rates)]
+    for name in names:
+        lines.append(f"{name:11s}" + "".join(" / ".join(f"{c[name][key][:, i].mean() * 100:.0f}" for key in (
+            novel, followed, lost)).rjust(15) for i in range(len(rates))))
+    if names[1:]:
+        lines += ["", f"Does it leave {first}'s frontier? Points more or fewer at equal novel accuracy, where both are",
+                  f"{'':11s}{'wrong labels followed':>36s}{'held-out facts lost':>36s}"]
+    for name in names[1:]:
+        lines.append(f"{name:11s}")
+        for key in (followed, lost):
+            gaps = [frontier_gap(*curve) for curve in zip(c[name][novel], c[name][key], c[first][novel], c[first][key])]
+            differences["frontier", name, key] = gaps
+            mean, low, high = seed_interval(gaps)
+            verdict = "learns nothing novel" if math.isnan(mean) else "yes, better" if high < 0 else \
+                "yes, worse" if low > 0 else "cannot tell"
+            lines[-1] += f"{cell(gaps, 100, '.1f')}  {verdict:11s}".rjust(36)
+
+    level = math.floor(100 * min(c[name][novel].max(1).min() for name in names)) / 100
+    if level > c[first][novel][:, 0].max():
+        table(f"AT EQUAL NOVEL ACCURACY, {level:.0%}: the highest that every objective reaches with every seed",
+              {name: [crossing(row, level) for row in c[name][novel]] for name in names}, "novel")
+    else:
+        lines += ["", "No table at equal novel accuracy: not every objective gets above every base."]
+    best = int(np.argmax(c[first][novel].mean(0)[1:])) + 1
+    table(f"AT AN EQUAL LEARNING RATE, {rates[best]:g}: where {first} has most novel facts right",
+          {name: [best * (name != "base")] * len(seeds) for name in ("base", *names)}, "lr")
+    lines += gradient_table(results["gradient"])
+    if several and first == "sft":
+        lines += ["", "PREDICTIONS and what became of them, in points (open: the interval has both signs)"]
+        for text, objectives, where, key, sign in PREDICTIONS:
+            found = []
+            for name in objectives:
+                if (where, name, key) in differences:
+                    mean, low, high = seed_interval(differences[where, name, key])
+                    held, failed = (high < 0, low > 0) if sign else (-0.05 < low and high < 0.05, False)
+                    found.append(f"{name} {'held' if held else 'failed' if failed else 'open'} "
+                                 f"({mean * 100:+.0f} [{low * 100:.0f},{high * 100:.0f}])")
+            lines += [f"- {text}", "  " + ("; ".join(found) or "not trained")]
+    return "\n".join([*lines, ""])
+
+
+@torch.no_grad()
+def gradient_items(model, samples, objectives, group_size=256, dtype=torch.float32):
+    """How hard each objective pushes each response token: {"p": (N,) p_t, "C": (N,) C_b of its sample, objective: (N,)
+    |d loss / d logit| of the token's own logit in a batch of its sample alone, times n_b (both averages divide by it)}.
+
+    By autograd through `bft.loss_from_logits`, so that theory has something to be compared with: sft 1 - p, dft and
+    bft-token p (1 - p), bft (1 - C) p (1 - p). Over all logits the absolute values add up to twice that.
+    """
+    device, out = next(model.parameters()).device, {key: [] for key in ("p", "C", *objectives)}
+    for x in samples:
+        ids = torch.from_numpy(x.ids)[None].to(device)                    # (1, T)
+        labels = torch.where(torch.from_numpy(x.response).to(device), ids, -100)
+        with autocast(device, dtype):
+            logits = model(ids).float()                                   # (1, T, V)
+        at = (labels[0, 1:] != -100).nonzero()[:, 0]                      # (n_b,) what predicts the response tokens
+        own = (0, at, ids[0, at + 1])
+        logp = logits.log_softmax(-1)[own]
+        out["p"] += logp.exp().tolist()
+        out["C"] += bft.group_confidence(logp, torch.tensor([0, len(at)]), group_size).tolist() * len(at)
+        for name in objectives:
+            with torch.enable_grad():
+                loss = bft.loss_from_logits(logits.requires_grad_(), labels, name, group_size)
+                gradient, = torch.autograd.grad(loss, logits)
+            out[name] += (gradient[own].abs() * len(at)).tolist()
+    return {key: [float(f"{v:.4g}") for v in values] for key, values in out.items()}
+
+
+# |d loss / d logit| of a token by its p and its sample's C, where it is known without a measurement.
+THEORY = {"sft": lambda p, C: 1 - p, "dft": lambda p, C: p * (1 - p), "bft": lambda p, C: (1 - C) * p * (1 - p)}
+P_EDGES = (0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1)
+
+
+def gradient_table(gradient):
+    """Lines of text: `gradient_items` by bucket of p, beside the theory; bft's also by thirds of C."""
+    g = {key: np.array(values) for key, values in gradient.items()}
+    p, C, names = g["p"], g["C"], [key for key in g if key not in "pC"]
+    bucket = np.digitize(p, P_EDGES[1:-1])
+    lines = ["", f"GRADIENT. |d loss / d logit| of a response token, times n_b, at the first base ({len(p)} tokens): "
+             "measured (theory) share of all",
+             "p".ljust(12) + "tokens".rjust(7) + "".join(name.rjust(20) for name in names)]
+    for b, (low, high) in enumerate(itertools.pairwise(P_EDGES)):
+        row, here = f"{low:g} to {high:g}".ljust(12) + f"{(bucket == b).mean():7.1%}", bucket == b
+        for name in names if here.any() else ():
+            theory = f" ({THEORY[name](p, C)[here].mean():.3f})" if name in THEORY else ""
+            row += f"{g[name][here].mean():.3f}{theory}{g[name][here].sum() / g[name].sum():5.0%}".rjust(20)
+        lines.append(row)
+    if "bft" in g:
+        edges = [0, *np.quantile(C, (1 / 3, 2 / 3)), 1]
+        lines += ["", "bft, by its sample's minimum group confidence C as well: measured (theory)",
+                  "p".ljust(12) + "".join(f"C {a:.3f} to {b:.3f}".rjust(22) for a, b in itertools.pairwise(edges))]
+        third = np.digitize(C, edges[1:-1])
+        for b, (low, high) in enumerate(itertools.pairwise(P_EDGES)):
+            cells = [(bucket == b) & (third == k) for k in range(3)]
+            lines.append(f"{low:g} to {high:g}".ljust(12) + "".join(
+                (f"{g['bft'][x].mean():.4f} ({THEORY['bft'](p, C)[x].mean():.4f})" if x.any() else "-").rjust(22)
+                for x in cells))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a marker each.
+LOOK = {"sft": ("#000000", "o"), "bft": ("#D55E00", "s"), "bft-token": ("#0072B2", "^"), "bft-v3": ("#009E73", "D"),
+        "sft-sample": ("#999999", "v"), "dft": ("#CC79A7", "P"), "bft-sample": ("#56B4E9", "X"),
+        "bft-tokavg": ("#E69F00", "p")}
+
+
+def plot(paths, out):
+    """Draws what directories hold, into files beside `out`; returns their paths. A directory of the default job gives
+    its frontiers and gradients, runs give their training curves, all on the same axes. Raises UserError."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError('pictures need matplotlib: pip install -e ".[plot]"') from None
+    out, runs, drawn = Path(out), {}, []
+    for path in map(Path, paths):
+        try:
+            if (path / "metrics.jsonl").is_file():
+                runs[str(path)] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+                continue
+            results = json.loads((path / "results.json").read_text())
+            figures = {"frontier": draw_frontier(plt, results), "gradient": draw_gradient(plt, results["gradient"])}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{path}: {type(e).__name__} ({e}); expected a run with its metrics.jsonl, or what "
+                            "`python train.py` left") from None
+        drawn += [(f"{path.name}-{kind}" if len(paths) > 1 else kind, figure) for kind, figure in figures.items()]
+    if runs:
+        drawn.append(("curves", draw_curves(plt, runs)))
+    files = []
+    for kind, figure in drawn:
+        files.append(out.with_name(f"{out.stem}-{kind}.png"))
+        with replacing(files[-1]) as f:
+            figure.savefig(f, format="png", dpi=150)
+        plt.close(figure)
+    return files
+
+
+def draw_frontier(plt, results):
+    """Novel facts learned against wrong labels followed, and against facts forgotten: a curve for each objective from
+    the base over its learning rates, the mean over seeds; a small mark for each seed."""
+    c, seeds = curves(results), results["seeds"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for ax, key, label in ((axes[0], ("planted", "followed"), "planted wrong labels followed, %"),
+                           (axes[1], ("held out", "lost"), "held-out facts lost, points")):
+        for name, measured in c.items():
+            x, y = 100 * measured["novel", "acc"], 100 * measured[key]
+            colour, marker = LOOK.get(name, (None, "o"))
+            line, = ax.plot(x.mean(0), y.mean(0), color=colour, marker=marker, label=name, zorder=3)
+            ax.scatter(x[:, 1:], y[:, 1:], s=9, color=line.get_color(), marker=marker, alpha=0.35, linewidth=0)
+        ax.plot(x[:, 0].mean(), y[:, 0].mean(), "*", color="gold", markeredgecolor="black", markersize=16, zorder=4,
+                label="base")
+        ax.set(xlabel="novel facts right, % (chance 25)", ylabel=label)
+        ax.grid(alpha=0.3)
+    axes[0].legend(title="learning rates\n" + ", ".join(f"{lr:g}" for lr in results["lrs"][:3])
+                   + (",\n" + ", ".join(f"{lr:g}" for lr in results["lrs"][3:]) if len(results["lrs"]) > 3 else ""))
+    figure.suptitle(f"Further right is better, lower is better; means over {len(seeds)} seed(s), small marks are seeds")
+    return figure
+
+
+def draw_gradient(plt, gradient):
+    """|d loss / d logit| of each token against its p, measured; lines are the theory."""
+    g = {key: np.array(values) for key, values in gradient.items()}
+    p, C, names = g["p"], g["C"], [key for key in g if key not in "pC"]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.3 * len(names), 3.6), layout="constrained", squeeze=False)
+    grid = np.linspace(0, 1, 200)
+    for ax, name in zip(axes[0], names):
+        dots = ax.scatter(p, g[name], s=3, c=C, cmap="viridis", vmin=0, vmax=1, alpha=0.6, linewidth=0, rasterized=True)
+        for level in (np.quantile(C, (0.1, 0.5, 0.9)) if name == "bft" else (0,) if name in THEORY else ()):
+            ax.plot(grid, THEORY[name](grid, level), color="black", linewidth=1)
+        ax.set(title=name, xlabel="p of the token")
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("|d loss / d logit| x n_b")
+    figure.colorbar(dots, label="C of its sample").solids.set_alpha(1)
+    return figure
+
+
+def draw_curves(plt, runs):
+    """What every run logs in the same unit, whatever its loss. runs: {name: lines of metrics.jsonl}."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
+    common = os.path.commonpath(runs) if len(runs) > 1 else ""
+    names = [Path(run).name for run in runs]
+
+    def colour(run):                                                      # an objective's own, where they all are ones
+        return LOOK[Path(run).name][0] if len(set(names)) == len(names) and set(names) <= set(LOOK) else None
+
+    for ax, key, label in zip(axes.flat, ("nll", "confidence", "min_group_confidence", "grad_norm"), (
+            "NLL, nats per response token", "mean confidence (p)", "mean minimum group confidence (C)",
+            "gradient norm, before clipping")):
+        for name, lines in runs.items():
+            steps = [(line["step"], line[key]) for line in lines if key in line]
+            x, y = np.array(steps).T.reshape(2, -1)
+            label_of = os.path.relpath(name, common) if common else name
+            line, = ax.plot(x, y, linewidth=0.8, alpha=0.35 if len(x) > 100 else 1, color=colour(name),
+                            label=None if len(x) > 100 else label_of)
+            if len(x) > 100:                                              # and its running mean
+                width = len(x) // 50
+                ax.plot(x[width - 1:], np.convolve(y, np.ones(width) / width, "valid"), color=line.get_color(),
+                        label=label_of)
+            val = [(r["step"], r["val_nll"]) for r in lines if "val_nll" in r] if key == "nll" else []
+            if val:
+                ax.plot(*zip(*val), "o--", color=line.get_color(), markersize=4, label=f"{label_of}, validation")
+        ax.set(ylabel=label, yscale="log" if key == "grad_norm" else "linear")
+        ax.grid(alpha=0.3)
+    for ax in axes[1]:
+        ax.set_xlabel("step")
+    axes[0, 0].legend(fontsize="small")
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +681,8 @@ def stop_ids(config, generation, tokenizer, chat_format):
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", help="runs, model directories or Hugging Face repository ids")
-    parser.add_argument("--tasks", nargs="+", choices=("nll", "choice", "inspect"), default=[], help="what to evaluate")
+    parser.add_argument("--tasks", nargs="+", choices=("nll", "choice", "inspect", "plot"), default=[],
+                        help="what to evaluate")
     parser.add_argument("--data", nargs="+", default=[], help="a file for each task, in the same order")
     parser.add_argument("--lines", nargs="+", type=int, default=[], help="of the inspect task's file, which samples to "
                         "show (default: the first four)")
@@ -356,6 +704,12 @@ def main():
     args = parser.parse_args()
     if not args.tasks and args.prompt is None:
         raise UserError("nothing to do; expected --tasks and --data, or --prompt")
+    if "plot" in args.tasks:
+        if len(args.tasks) > 1 or args.data or args.prompt:
+            raise UserError("--tasks plot draws what runs have logged; expected no other task, no --data, no --prompt")
+        for path in plot(args.models, args.out):
+            print(f"picture: {path}")
+        return
     if len(args.data) != len(args.tasks):
         raise UserError(f"--data names {len(args.data)} files for {len(args.tasks)} tasks; expected one for each")
     if len(set(args.models)) < len(args.models):

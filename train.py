@@ -39,7 +39,8 @@ from data import (
     load_samples, load_tokenizer, read_jsonl, run
 )
 from eval import (
-    choice_items, find_device, generation_config, load_weights, open_model, score, segment_sum, stop_ids, summarise
+    PREDICTIONS, STRATA, choice_items, find_device, generation_config, gradient_items, load_weights, open_model, plot,
+    report, score, segment_sum, stop_ids
 )
 from model import GPT, GPTConfig, autocast, compute_dtype, replacing, weight_files, write_whole
 
@@ -106,7 +107,7 @@ ROUNDING = {"micro_tokens", "compile", "recompute", "device", "world_size", "thr
 
 
 def parse_settings(argv):
-    """argv -> (Settings, whether it is the default job). Raises UserError."""
+    """argv -> (Settings, (seeds, learning rates) of the default job or None). Raises UserError."""
     parser = Parser(description="Fine-tunes a GPT with any objective of bft.py. Without --init and --data it runs the "
                     "default job on assets/, with these defaults in place of those below: "
                     + ", ".join(f"{k} {v if not isinstance(v, tuple) else ' '.join(v)}" for k, v in TUNE.items()),
@@ -119,8 +120,18 @@ def parse_settings(argv):
         if "action" not in options:
             options["type"] = type(f.default) if not isinstance(f.default, tuple) else str
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    job = parser.add_argument_group("the default job alone")
+    job.add_argument("--seeds", nargs="+", type=int, help="a base, planted labels and an order of samples for each "
+                     f"(default: {' '.join(map(str, SEEDS))})")
+    job.add_argument("--lrs", nargs="+", type=float, help="every objective is trained at each of these peak learning "
+                     f"rates (default: {' '.join(f'{lr:g}' for lr in LRS)})")
+    job.add_argument("--quick", action="store_true", help="one seed: no intervals over trainings")
     given = vars(parser.parse_args(argv))
     default_job = not given.keys() & {"init", "data"}
+    grid = {name: given.pop(name, None) for name in ("seeds", "lrs", "quick")}
+    if not default_job and any(grid.values()):
+        raise UserError("--seeds, --lrs and --quick are the default job's, which has no --init or --data; expected "
+                        "--seed and --lr")
     if default_job and given.keys() & {"val_data", "tokenizer", "chat_format", "max_length"}:
         raise UserError("--val-data, --tokenizer, --chat-format and --max-length go with --init and --data: the "
                         "default job has its own")
@@ -142,7 +153,13 @@ def parse_settings(argv):
         raise UserError(f"--lr is {s.lr} and --warmup {s.warmup}; expected a rate above 0 and a fraction of 0 to 1")
     if s.n_embd % s.n_head or s.n_embd // s.n_head % 2:
         raise UserError(f"--n-embd is {s.n_embd} for --n-head {s.n_head}; expected an even number for each head")
-    return s, default_job
+    if not default_job:
+        return s, None
+    seeds = sorted(set(grid["seeds"] or ([s.seed] if "seed" in given else SEEDS[:1] if grid["quick"] else SEEDS)))
+    lrs = sorted(set(grid["lrs"] or ([s.lr] if "lr" in given else LRS)))
+    if not (0 <= seeds[0] and seeds[-1] < 2 ** 32 and 0 < lrs[0] and lrs[-1] < math.inf):
+        raise UserError(f"--seeds {seeds} --lrs {lrs}; expected seeds of 0 or more, below 2**32, and rates above 0")
+    return s, (seeds, lrs)
 
 
 class Ranks:
@@ -151,6 +168,7 @@ class Ranks:
     def __init__(self, device):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = find_device(device)
+        self.quiet = False                                                # in the default job, but for warnings
 
     def start(self):
         if self.device.type == "cuda":
@@ -170,6 +188,10 @@ class Ranks:
         if self.rank == 0:
             with contextlib.suppress(BrokenPipeError):                    # no one reads any more; the run goes on
                 print(*words, flush=True)
+
+    def progress(self, *words):
+        if not self.quiet:
+            self.print(*words)
 
     def largest(self, number):
         """The largest of the integers that the ranks bring, over gloo: no GPU is waited for."""
@@ -338,10 +360,10 @@ def learning_rate(step, total, s):
 
 
 def sample_statistics(logp, offsets, objective, group_size):
-    """For the log, each sample's sums of l_t and w_t, its s_b and its C_b: (S, 4) float64."""
+    """For the log, each sample's sums of l_t, p_t and w_t, its s_b and its C_b: (S, 5) float64."""
     row, logp, offsets = bft.OBJECTIVES[objective], logp.detach().double(), offsets.to(logp.device, non_blocking=True)
     w, s = (weight(logp, offsets, group_size) for weight in (row.token_weight, row.sample_weight))
-    return torch.stack((-segment_sum(logp, offsets), segment_sum(w, offsets), s,
+    return torch.stack((-segment_sum(logp, offsets), segment_sum(logp.exp(), offsets), segment_sum(w, offsets), s,
                         bft.group_confidence(logp, offsets, group_size)), 1)
 
 
@@ -386,10 +408,10 @@ def backward(net, batch, objective, s, ranks, dtype):
 
 
 def settle(share, size, ranks):
-    """(loss, statistics (B, 4) as numpy) of a whole global batch of B = size samples, from what `backward` returned for
+    """(loss, statistics (B, 5) as numpy) of a whole global batch of B = size samples, from what `backward` returned for
     it on each rank. Here the device is waited for."""
     loss, samples, statistics = share
-    table = torch.zeros(1 + size, 4, dtype=torch.float64)
+    table = torch.zeros(1 + size, 5, dtype=torch.float64)
     table[0, 0], table[1 + torch.tensor(samples, dtype=torch.int64)] = loss, statistics.cpu()
     if ranks.world > 1:
         dist.all_reduce(table)                                            # each rank filled the rows of its own samples
@@ -409,7 +431,7 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
     found = checkpoints(out) if s.resume else []
     finished = s.resume and (not found or found[-1][0] == total) and (out / "model" / "config.json").is_file()
     if ranks.largest(finished and ranks.rank == 0):                       # what rank 0 sees; disks may be slow to agree
-        ranks.print(f"{out}: finished, {total} steps; nothing to do")
+        ranks.progress(f"{out}: finished, {total} steps; nothing to do")
         return out / "model"
     torch.manual_seed(s.seed)
     model = make_model().to(device)
@@ -476,11 +498,11 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         table = score(model, val, dtype, s.micro_tokens, s.group_size, lambda: stop.signal)
         if not (cut := ranks.largest(stop.signal)):
             log({"step": step, "val_nll": -table[:, 0].sum() / table[:, 1].sum()})
-            ranks.print(f"{objective} step {step}/{total}  val_nll {-table[:, 0].sum() / table[:, 1].sum():.4f}")
+            ranks.progress(f"{objective} step {step}/{total}  val_nll {-table[:, 0].sum() / table[:, 1].sum():.4f}")
         return cut
 
     multi_window = np.mean([x.response.sum() > s.group_size for x in samples])
-    ranks.print(f"{out}: {objective} from step {start} to {total}, {len(samples)} samples, batch {s.batch_size}, "
+    ranks.progress(f"{out}: {objective} from step {start} to {total}, {len(samples)} samples, batch {s.batch_size}, "
                 f"{sum(p.numel() for p in trained.values()) / 1e6:.1f}M of "
                 f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {ranks.world} x {device}, "
                 f"{str(dtype).removeprefix('torch.')}")
@@ -502,7 +524,7 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         lines = []
         for (step, epoch, lr, batch, grad_norm, _), (loss, statistics) in zip(pending, whole):
             n, grad_norm = np.array([x.response.sum() for x in batch]), grad_norm.item()   # (B,) n_b
-            nll, w, sample_weight, confidence = statistics.T              # (B,) each
+            nll, p, w, sample_weight, C = statistics.T                  # (B,) each
             if not math.isfinite(loss) or not math.isfinite(grad_norm):   # the same on every rank
                 log(*lines)
                 bad = [x.line for x, value in zip(batch, nll) if not math.isfinite(value)] or [x.line for x in batch]
@@ -520,14 +542,14 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
                 "step": step, "epoch": epoch, "loss": loss, "nll": nll.sum() / n.sum(), "grad_norm": grad_norm,
                 "clipped": bool(s.grad_clip and grad_norm > s.grad_clip), "lr": lr, "samples": len(batch),
                 "tokens": sum(len(x.ids) for x in batch), "response_tokens": int(n.sum()),
-                "token_weight": w.sum() / n.sum(), "sample_weight": sample_weight.mean(),
-                "sample_weight_sd": sample_weight.std(), "min_group_confidence": confidence.mean(),
-                "min_group_confidence_p05": np.percentile(confidence, 5), "multi_window": np.mean(n > s.group_size),
-                "tokens_per_s": rate, "mfu": mfu, "memory_gb": memory})
+                "confidence": p.sum() / n.sum(), "token_weight": w.sum() / n.sum(),
+                "sample_weight": sample_weight.mean(), "sample_weight_sd": sample_weight.std(),
+                "min_group_confidence": C.mean(), "min_group_confidence_p05": np.percentile(C, 5),
+                "multi_window": np.mean(n > s.group_size), "tokens_per_s": rate, "mfu": mfu, "memory_gb": memory})
         log(*lines)
         eta = seconds / len(pending) * (total - step)
-        ranks.print(f"{objective} step {step}/{total}  loss {loss:.4f}  nll {lines[-1]['nll']:.4f}  |g| {grad_norm:.3f}"
-                    f"  lr {lr:.2e}  {rate:,.0f} tok/s  eta {eta // 60:.0f}:{eta % 60:02.0f}")
+        ranks.progress(f"{objective} step {step}/{total}  loss {loss:.4f}  nll {lines[-1]['nll']:.4f}  "
+                       f"|g| {grad_norm:.3f}  lr {lr:.2e}  {rate:,.0f} tok/s  eta {eta // 60:.0f}:{eta % 60:02.0f}")
 
     def due(every, step):
         return step == total or every and step % every == 0
@@ -599,15 +621,15 @@ def host_memory_gb():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The default job: what each loss does to a model that knows some facts, half knows others, and is told wrong ones.
+# The default job: what does each loss learn, depending on what the model already believes?
 
-BASE = {"init": "scratch", "objective": ("sft",), "epochs": 7, "batch_size": 64, "lr": 3e-3, "weight_decay": 0.01,
-        "log_every": 100}
+SEEDS, LRS = (0, 1, 2), (5e-4, 1e-3, 2e-3, 4e-3)
+BASE = {"init": "scratch", "objective": ("sft",), "epochs": 6, "batch_size": 48, "lr": 5e-3, "weight_decay": 0.01,
+        "log_every": 200}
 # Responses have about 45 tokens, so the paper's groups of 256 would all be whole samples: 16 gives each some thirty.
 # A model this small is faster in float32 than under bfloat16 autocast.
 TUNE = {"out": "runs/demo", "objective": ("sft", "sft-sample", "bft-token", "bft", "bft-v3"), "group_size": 16,
-        "epochs": 8, "lr": 1e-3, "dtype": "float32", "log_every": 50}
-STRATA = ("known", "weak", "novel", "planted", "known, held out", "weak, held out")
+        "epochs": 3, "dtype": "float32", "n_layer": 2, "n_head": 4, "n_embd": 96}
 
 
 def plant(rows, items, seed):
@@ -641,93 +663,77 @@ def plant(rows, items, seed):
                      for x in items]
 
 
-def demo(s, ranks):
-    """python train.py: base -> each objective from it -> choice items by stratum -> one table, in s.out too."""
+def demo(s, seeds, lrs, ranks):
+    """python train.py: for each seed a base; from it each objective at each learning rate, on the same samples in the
+    same order; choice items by stratum; then eval.report, in s.out too, and its pictures."""
     began, assets, dtype = time.perf_counter(), HERE / "assets", compute_dtype(s.dtype, ranks.device)
-    tokenizer = load_tokenizer(assets)
+    tokenizer, out = load_tokenizer(assets), Path(s.out)
     files = {"data": [assets / "pretrain.jsonl"], "tokenizer": [assets / "tokenizer.json"]}
-    shared = ("seed", "dtype", "device", "compile", "recompute", "micro_tokens", "n_layer", "n_head", "n_embd")
-    b = Settings(**BASE, **{name: getattr(s, name) for name in shared})
-    texts, _ = load_samples(assets / "pretrain.jsonl", tokenizer)
-    rows, items = plant(list(read_jsonl(assets / "finetune.jsonl")), load_choice(assets / "choice.jsonl"), s.seed)
-    samples, _ = load_samples(assets / "finetune.jsonl", tokenizer, rows=rows)
-    config = describe(b, "sft", files, texts, ranks.device)
-    key = [{k: v for k, v in config["settings"].items() if k not in NO_ACCOUNT | ROUNDING}, config["sha256"],
-           [(HERE / f"{module}.py").read_text() for module in ("bft", "model", "data", "train")]]
-    base = Path("runs") / f"base-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
     tuned = {"data": [assets / "finetune.jsonl"], "choice": [assets / "choice.jsonl"], "tokenizer": files["tokenizer"]}
-    extras = model_files(tokenizer, [tokenizer.eos_id], {})
-    s = replace(s, init=str(base))                                        # on record: another base is another run
-    outs = {objective: Path(s.out) / objective for objective in s.objective}
-    configs = {objective: describe(s, objective, tuned, samples, ranks.device) for objective in outs}
+    extras, code = model_files(tokenizer, [tokenizer.eos_id], {}), ("bft", "model", "data", "train")
+    shared = ("dtype", "device", "compile", "recompute", "micro_tokens", "n_layer", "n_head", "n_embd")
+    texts, _ = load_samples(assets / "pretrain.jsonl", tokenizer)
+    rows, questions = list(read_jsonl(assets / "finetune.jsonl")), load_choice(assets / "choice.jsonl")
+    bases, runs = [], []
+    for seed in seeds:                                                    # every path is looked at before any training
+        b = Settings(**BASE, **{name: getattr(s, name) for name in shared}, seed=seed)
+        planted, items = plant(rows, questions, seed)
+        samples, _ = load_samples(assets / "finetune.jsonl", tokenizer, rows=planted)
+        config = describe(b, "sft", files, texts, ranks.device)
+        key = [{k: v for k, v in config["settings"].items() if k not in NO_ACCOUNT | ROUNDING}, config["sha256"],
+               [(HERE / f"{module}.py").read_text() for module in code]]
+        base = Path("runs") / f"base-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
+        same_run(base, config, resume=True)
+        bases.append((b, base, config, items, samples))
+        for lr in lrs:
+            for objective in s.objective:                                 # (another base is another run)
+                mine = replace(s, seed=seed, lr=lr, init=str(base))
+                runs.append((mine, objective, out / f"seed-{seed}" / f"lr-{lr:g}" / objective))
+                same_run(runs[-1][2], describe(mine, objective, tuned, samples, ranks.device), s.resume)
     check_memory(scratch(b, tokenizer), b, ranks)
-    same_run(base, config, resume=True)
-    for objective, out in outs.items():                                   # before the base is trained for nothing
-        same_run(out, configs[objective], s.resume)
+    ranks.print(f"{len(bases)} base(s), each fine-tuned {len(s.objective)} x {len(lrs)} times. Predictions, from the "
+                "gradients (1 - p a token for sft, p (1 - p) where p weighs):\n"
+                + "\n".join(f"- {text}" for text, *_ in PREDICTIONS))
 
-    ranks.print(f"1. A base model learns the facts of the known genes ({base}, kept for the next time).")
-    base = train(b, "sft", base, config, functools.partial(GPT, scratch(b, tokenizer)), texts, [], extras, ranks)
-    ranks.print(f"\n2. Each objective starts from it, with the same samples, order and learning rate {s.lr:g}: one "
-                "trial each.")
-    models, make_model = {"base": base}, functools.partial(load_weights, base)
-    for objective, out in outs.items():
-        models[objective] = train(s, objective, out, configs[objective], make_model, samples, [], extras, ranks)
-    results = {}
-    for name, directory in models.items():
-        model = load_weights(directory).cast(dtype).to(ranks.device)
-        results[name] = choice_items(model, tokenizer, items, dtype)
+    models, gradient = [], None
+    for b, base, config, items, samples in bases:
+        ranks.print(f"\nSeed {b.seed}: a base learns the facts of the known genes ({base}, kept for the next time).")
+        train(b, "sft", base, config, functools.partial(GPT, scratch(b, tokenizer)), texts, [], extras, ranks)
+        for mine, objective, directory in [(b, "base", base), *(r for r in runs if r[0].seed == b.seed)]:
+            tick, ranks.quiet = time.perf_counter(), True
+            if objective != "base":
+                train(mine, objective, directory, describe(mine, objective, tuned, samples, ranks.device),
+                      functools.partial(load_weights, base / "model"), samples, [], extras, ranks)
+                if ranks.rank == 0:                                       # it is finished; 75 optimizers fill disks
+                    shutil.rmtree(directory / "checkpoint", ignore_errors=True)
+            ranks.quiet = False
+            model = load_weights(directory / "model").cast(dtype).to(ranks.device)
+            if gradient is None:                                          # of the first base
+                names = dict.fromkeys(("sft", "dft", *s.objective))       # (in a batch of one sample two are the same)
+                names = [name for name in names if name not in ("sft-sample", "bft-token")]
+                gradient = gradient_items(model, samples[::3], names, s.group_size, dtype)
+            records = choice_items(model, tokenizer, items, dtype)
+            models.append({"objective": objective, "seed": b.seed, "lr": mine.lr if objective != "base" else 0,
+                           "items": [{k: x[k] for k in ("line", "group", "acc", "nll", "followed") if k in x}
+                                     for x in records]})
+            share = {group: np.mean([x["acc"] for x in records if x["group"] == group]) for group in STRATA}
+            ranks.print(f"seed {b.seed}  {'base' if objective == 'base' else f'lr {mine.lr:g}  {objective}':22s}"
+                        + "".join(f"  {group} {v:.0%}" for group, v in share.items())
+                        + f"  wrong label {np.mean([x['followed'] for x in records if 'followed' in x]):.0%}"
+                        + f"  {time.perf_counter() - tick:.1f} s")
     if ranks.rank == 0:
-        table = demo_table(results, s)
-        write_whole(Path(s.out) / "table.txt", [table.encode()])
-        write_whole(Path(s.out) / "results.json", [json.dumps(results, indent=1).encode()])
-        ranks.print(f"\n{table}\nThe table and every item's scores are in {s.out}. "
-                    f"{time.perf_counter() - began:.0f} s.")
-
-
-def demo_table(results, s):
-    """The default job's one table, as text. results: {"base" and each objective: eval.choice_items' records}."""
-    first, others = s.objective[0], s.objective[1:]                       # first is sft, unless the user left it out
-    by_name = {"base": results, first: {name: results[name] for name in (first, *s.objective, "base")}}
-    cells = {reference: {(row["group"], row["measure"]): row["models"] for row in
-                         summarise("choice", ordered, ("acc", "followed", "nll"))}
-             for reference, ordered in by_name.items()}
-    accuracy = [*((g, g, "acc") for g in STRATA[:4]), ("wrong label", "planted", "followed"),
-                *((g, g, "acc") for g in STRATA[4:])]
-    nll = [(g, g, "nll") for g in STRATA]
-
-    def grid(title, columns, names, reference=None):
-        """A row for each name; with a reference the paired difference to it."""
-        scale, form, width = (1, ".2f", 20 if reference else 17) if columns is nll else (100, ".0f", 16)
-        lines = ["", title, " " * 11 + "".join(heading.rjust(width) for heading, _, _ in columns)]
-        for name in names:
-            lines.append(name.ljust(11))
-            for _, group, measure in columns:
-                c = cells[reference or "base"][group, measure][name]
-                key = "difference" if reference else "value"
-                value, low, high = (c[k] * scale for k in (key, key + "_low", key + "_high"))
-                sign = "+" if reference else ""
-                lines[-1] += f"{value:{sign}{form}} [{low:{form}},{high:{form}}]".rjust(width)
-        return lines
-
-    knows = np.mean([r["acc"] for r in results["base"] if r["group"] in ("known", "known, held out", "planted")])
-    sizes = "; ".join(f"{sum(r['group'] == g for r in results['base'])} {g}" for g in STRATA)
-    return "\n".join([
-        f"What each loss did to the same base, on the same samples, at one learning rate ({s.lr:g}), groups of "
-        f"{s.group_size} tokens.",
-        "Four options an item, so that 25% is chance; brackets are 95% intervals over items:", f"{sizes}.",
-        "Genes are known, weak or novel to the base: their facts were pre-trained often, a few times, never.",
-        "Planted facts are known ones that were fine-tuned on a wrong label; held out ones were not fine-tuned at all.",
-        f"The base answers {knows:.0%} of its known and planted facts.",
-        *grid("Right answer picked, %; wrong label: the planted label picked, %", accuracy, ("base", *s.objective)),
-        *grid(f"... minus {first}, points", accuracy, others, first) * bool(others),
-        *grid("... minus the base, points: what fine-tuning taught, and, below 0 where held out, what was forgotten",
-              accuracy, s.objective, "base"),
-        *grid("NLL of the right answer, nats per token", nll, ("base", *s.objective)),
-        *grid(f"... minus {first}", nll, others, first) * bool(others),
-        "", "All at one learning rate and one seed, one trial each. An objective that trains more gently can look",
-        "better here and be matched by another at a lower rate: only a comparison over learning rates can tell.",
-        "The intervals are over items alone, not over trainings, which differ too; where few or no items differ,",
-        "as in [0,0], they are too narrow; and of some forty that compare with one objective, two miss by chance.", ""])
+        results = {"objectives": s.objective, "seeds": seeds, "lrs": lrs, "models": models, "gradient": gradient}
+        table = report(results)
+        write_whole(out / "table.txt", [table.encode()])
+        write_whole(out / "results.json", [json.dumps(results).encode()])
+        ranks.print(f"\n{table}")
+        try:
+            curves = [out / f"seed-{seeds[0]}" / f"lr-{lrs[len(lrs) // 2]:g}" / name for name in s.objective]
+            for path in [*plot([out], out / "demo.png"), *plot(curves, out / "demo.png")]:
+                ranks.print(f"picture: {path}")
+        except UserError as e:                                            # matplotlib is not one of the four packages
+            ranks.print(f"No pictures: {e}; then: python eval.py {out} --tasks plot --out {out / 'demo.png'}")
+        ranks.print(f"Tables and every item's scores are in {out}. {time.perf_counter() - began:.0f} s.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -841,12 +847,15 @@ def finetune(s, ranks):
 
 
 def main():
-    s, default_job = parse_settings(sys.argv[1:])
+    s, grid = parse_settings(sys.argv[1:])
     ranks = Ranks(s.device)
     ranks.start()
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))       # by torchrun, with the same command
     s.resume = bool(s.resume or ranks.largest(restarts))
-    (demo if default_job else finetune)(s, ranks)
+    if grid:
+        demo(s, *grid, ranks)
+    else:
+        finetune(s, ranks)
 
 
 if __name__ == "__main__":
