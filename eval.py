@@ -521,14 +521,18 @@ def plot(paths, out):
     for path in map(Path, paths):
         try:
             if (path / "metrics.jsonl").is_file():
-                runs[str(path)] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+                lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+                if not any("nll" in line for line in lines):
+                    raise ValueError("no step is logged yet")
+                runs[os.path.relpath(path)] = lines
                 continue
             results = json.loads((path / "results.json").read_text())
             figures = {"frontier": draw_frontier(plt, results), "gradient": draw_gradient(plt, results["gradient"])}
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path}: {type(e).__name__} ({e}); expected a run with its metrics.jsonl, or what "
                             "`python train.py` left") from None
-        drawn += [(f"{path.name}-{kind}" if len(paths) > 1 else kind, figure) for kind, figure in figures.items()]
+        where = "-".join(p for p in path.parts if p.strip("./")) + "-" if len(paths) > 1 else ""
+        drawn += [(where + kind, figure) for kind, figure in figures.items()]
     if runs:
         drawn.append(("curves", draw_curves(plt, runs)))
     files = []
@@ -704,13 +708,9 @@ def main():
     args = parser.parse_args()
     if not args.tasks and args.prompt is None:
         raise UserError("nothing to do; expected --tasks and --data, or --prompt")
-    if "plot" in args.tasks:
-        if len(args.tasks) > 1 or args.data or args.prompt:
-            raise UserError("--tasks plot draws what runs have logged; expected no other task, no --data, no --prompt")
-        for path in plot(args.models, args.out):
-            print(f"picture: {path}")
-        return
-    if len(args.data) != len(args.tasks):
+    if "plot" in args.tasks and (len(args.tasks) > 1 or args.data or args.prompt is not None):
+        raise UserError("--tasks plot draws what runs have logged; expected no other task, no --data and no --prompt")
+    if len(args.data) != len(args.tasks) and args.tasks != ["plot"]:
         raise UserError(f"--data names {len(args.data)} files for {len(args.tasks)} tasks; expected one for each")
     if len(set(args.models)) < len(args.models):
         raise UserError(f"a model is named twice: {' '.join(args.models)}")
@@ -722,6 +722,10 @@ def main():
     out = Path(args.out).resolve()
     if not os.access(out.parent, os.W_OK | os.X_OK) or out.is_dir():
         raise UserError(f"--out {args.out}: expected a file in a directory that is there and can be written to")
+    if args.tasks == ["plot"]:
+        for path in plot(args.models, args.out):
+            print(f"picture: {path}")
+        return
     device = find_device(args.device)
     dtype, output = compute_dtype(args.dtype, device), {"models": args.models, "tasks": []}
     opened = {path: open_model(path, args.tokenizer) for path in args.models}

@@ -670,65 +670,68 @@ def demo(s, seeds, lrs, ranks):
     tokenizer, out = load_tokenizer(assets), Path(s.out)
     files = {"data": [assets / "pretrain.jsonl"], "tokenizer": [assets / "tokenizer.json"]}
     tuned = {"data": [assets / "finetune.jsonl"], "choice": [assets / "choice.jsonl"], "tokenizer": files["tokenizer"]}
-    extras, code = model_files(tokenizer, [tokenizer.eos_id], {}), ("bft", "model", "data", "train")
     shared = ("dtype", "device", "compile", "recompute", "micro_tokens", "n_layer", "n_head", "n_embd")
+    extras, code = model_files(tokenizer, [tokenizer.eos_id], {}), ("bft", "model", "data", "train")
     texts, _ = load_samples(assets / "pretrain.jsonl", tokenizer)
     rows, questions = list(read_jsonl(assets / "finetune.jsonl")), load_choice(assets / "choice.jsonl")
-    bases, runs = [], []
+    jobs = []
     for seed in seeds:                                                    # every path is looked at before any training
         b = Settings(**BASE, **{name: getattr(s, name) for name in shared}, seed=seed)
-        planted, items = plant(rows, questions, seed)
-        samples, _ = load_samples(assets / "finetune.jsonl", tokenizer, rows=planted)
+        check_memory(scratch(b, tokenizer), b, ranks)
         config = describe(b, "sft", files, texts, ranks.device)
         key = [{k: v for k, v in config["settings"].items() if k not in NO_ACCOUNT | ROUNDING}, config["sha256"],
                [(HERE / f"{module}.py").read_text() for module in code]]
         base = Path("runs") / f"base-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
         same_run(base, config, resume=True)
-        bases.append((b, base, config, items, samples))
+        planted, items = plant(rows, questions, seed)
+        samples, _ = load_samples(assets / "finetune.jsonl", tokenizer, rows=planted)
+        runs = []
         for lr in lrs:
-            for objective in s.objective:                                 # (another base is another run)
-                mine = replace(s, seed=seed, lr=lr, init=str(base))
-                runs.append((mine, objective, out / f"seed-{seed}" / f"lr-{lr:g}" / objective))
-                same_run(runs[-1][2], describe(mine, objective, tuned, samples, ranks.device), s.resume)
-    check_memory(scratch(b, tokenizer), b, ranks)
-    ranks.print(f"{len(bases)} base(s), each fine-tuned {len(s.objective)} x {len(lrs)} times. Predictions, from the "
+            mine = replace(s, seed=seed, lr=lr, init=str(base))           # on record: another base is another run
+            for objective in s.objective:
+                directory = out / f"seed-{seed}" / f"lr-{lr}" / objective
+                runs.append((mine, objective, directory, describe(mine, objective, tuned, samples, ranks.device)))
+                same_run(directory, runs[-1][3], s.resume)
+        jobs.append((b, base, config, samples, items, runs))
+    ranks.print(f"{len(jobs)} base(s), each fine-tuned {len(s.objective)} x {len(lrs)} times. Predictions, from the "
                 "gradients (1 - p a token for sft, p (1 - p) where p weighs):\n"
                 + "\n".join(f"- {text}" for text, *_ in PREDICTIONS))
 
     models, gradient = [], None
-    for b, base, config, items, samples in bases:
+
+    def measure(directory, items, objective, seed, lr):
+        model = load_weights(directory).cast(dtype).to(ranks.device)
+        records = choice_items(model, tokenizer, items, dtype)
+        models.append({"objective": objective, "seed": seed, "lr": lr, "items": [
+            {k: x[k] for k in ("line", "group", "acc", "nll", "followed") if k in x} for x in records]})
+        shares = {group: np.mean([x["acc"] for x in records if x["group"] == group]) for group in STRATA}
+        shares["wrong label"] = np.mean([x["followed"] for x in records if "followed" in x])
+        ranks.print(f"seed {seed}  lr {lr:<8g}{objective:11s}" + "".join(f"  {k} {v:.0%}" for k, v in shares.items()))
+        return model
+
+    for b, base, config, samples, items, runs in jobs:
         ranks.print(f"\nSeed {b.seed}: a base learns the facts of the known genes ({base}, kept for the next time).")
-        train(b, "sft", base, config, functools.partial(GPT, scratch(b, tokenizer)), texts, [], extras, ranks)
-        for mine, objective, directory in [(b, "base", base), *(r for r in runs if r[0].seed == b.seed)]:
-            tick, ranks.quiet = time.perf_counter(), True
-            if objective != "base":
-                train(mine, objective, directory, describe(mine, objective, tuned, samples, ranks.device),
-                      functools.partial(load_weights, base / "model"), samples, [], extras, ranks)
-                if ranks.rank == 0:                                       # it is finished; 75 optimizers fill disks
-                    shutil.rmtree(directory / "checkpoint", ignore_errors=True)
+        base = train(b, "sft", base, config, functools.partial(GPT, scratch(b, tokenizer)), texts, [], extras, ranks)
+        model = measure(base, items, "base", b.seed, 0)
+        if gradient is None:                                              # (in a batch of one sample two are the same)
+            names = [o for o in dict.fromkeys(("sft", "dft", *s.objective)) if o not in ("sft-sample", "bft-token")]
+            gradient = gradient_items(model, samples[::3], names, s.group_size, dtype)
+        for mine, objective, directory, config in runs:
+            ranks.quiet = True
+            model = train(mine, objective, directory, config, functools.partial(load_weights, base), samples, [],
+                          extras, ranks)
             ranks.quiet = False
-            model = load_weights(directory / "model").cast(dtype).to(ranks.device)
-            if gradient is None:                                          # of the first base
-                names = dict.fromkeys(("sft", "dft", *s.objective))       # (in a batch of one sample two are the same)
-                names = [name for name in names if name not in ("sft-sample", "bft-token")]
-                gradient = gradient_items(model, samples[::3], names, s.group_size, dtype)
-            records = choice_items(model, tokenizer, items, dtype)
-            models.append({"objective": objective, "seed": b.seed, "lr": mine.lr if objective != "base" else 0,
-                           "items": [{k: x[k] for k in ("line", "group", "acc", "nll", "followed") if k in x}
-                                     for x in records]})
-            share = {group: np.mean([x["acc"] for x in records if x["group"] == group]) for group in STRATA}
-            ranks.print(f"seed {b.seed}  {'base' if objective == 'base' else f'lr {mine.lr:g}  {objective}':22s}"
-                        + "".join(f"  {group} {v:.0%}" for group, v in share.items())
-                        + f"  wrong label {np.mean([x['followed'] for x in records if 'followed' in x]):.0%}"
-                        + f"  {time.perf_counter() - tick:.1f} s")
+            if ranks.rank == 0:                                           # it is finished; so many would fill a disk
+                shutil.rmtree(directory / "checkpoint", ignore_errors=True)
+            measure(model, items, objective, b.seed, mine.lr)
     if ranks.rank == 0:
         results = {"objectives": s.objective, "seeds": seeds, "lrs": lrs, "models": models, "gradient": gradient}
         table = report(results)
         write_whole(out / "table.txt", [table.encode()])
         write_whole(out / "results.json", [json.dumps(results).encode()])
         ranks.print(f"\n{table}")
+        curves = [directory for mine, _, directory, _ in jobs[0][-1] if mine.lr == lrs[len(lrs) // 2]]
         try:
-            curves = [out / f"seed-{seeds[0]}" / f"lr-{lrs[len(lrs) // 2]:g}" / name for name in s.objective]
             for path in [*plot([out], out / "demo.png"), *plot(curves, out / "demo.png")]:
                 ranks.print(f"picture: {path}")
         except UserError as e:                                            # matplotlib is not one of the four packages

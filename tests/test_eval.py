@@ -106,9 +106,9 @@ def test_bootstrap_of_a_ratio_weighs_by_tokens():
 
 
 def test_wilson_interval():
-    low, high = evaluation.wilson([1] * 8 + [0] * 2)                      # by hand: p = .8, n = 10
+    low, high = evaluation.wilson(0.8, 10)                                  # by hand
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
-    assert evaluation.wilson([1] * 20) == (pytest.approx(0.8389, abs=1e-4), pytest.approx(1.0))
+    assert evaluation.wilson(1.0, 20) == (pytest.approx(0.8389, abs=1e-4), pytest.approx(1.0))
 
 
 def test_summary_by_group_with_paired_differences():
@@ -151,6 +151,7 @@ def test_the_command_prints_one_table_and_saves_every_item(tmp_path, tokenizer):
     (["--tasks", "nll", "choice"], "--data names 1 files for 2 tasks"), (["--tasks", "sing"], "'sing'"),
     (["--tasks", "nll", "--device", "abacus"], "--device abacus"), (["--tasks", "nll", "--out", "nowhere/r.json"], "--out nowhere"),
     (["--tasks", "nll", "--group-size", "0"], "--group-size is 0"), (["--tasks", "choice"], "'question'"),
+    (["--tasks", "plot"], "no --data"), (["--tasks", "plot", "nll"], "no other task"),
     (["--tasks", "nll", "--max-length", "-5"], "--max-length is -5"), (["--tasks", "nll", "--", "model"], "named twice"),
     (["--tasks", "choice", "--data", "long.jsonl"], "line 2 has "), ([], "nothing to do"), (["--prompt", "a b " * 2000], "positions of the model"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature is -1"), (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),

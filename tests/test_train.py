@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bft
 import train
-from data import UserError, encode_turns, load_choice, load_samples, load_tokenizer, read_jsonl, run
+from data import UserError, encode_turns, load_samples, load_tokenizer, read_jsonl, run
 from model import GPT, GPTConfig, load_safetensors, save_safetensors
 
 
@@ -289,8 +289,8 @@ def test_a_run_is_reproducible_and_describes_itself(tmp_path, monkeypatch, data_
     assert math.isclose(steps["sft"][0]["nll"], steps["bft"][0]["nll"], rel_tol=1e-9)
     assert [x["tokens"] for x in steps["sft"]] == [x["tokens"] for x in steps["bft"]]
     assert list(steps["bft"][0]) == [
-        "step", "epoch", "loss", "nll", "grad_norm", "clipped", "lr", "samples", "tokens", "response_tokens", "token_weight",
-        "sample_weight", "sample_weight_sd", "min_group_confidence", "min_group_confidence_p05", "multi_window",
+        "step", "epoch", "loss", "nll", "grad_norm", "clipped", "lr", "samples", "tokens", "response_tokens", "confidence",
+        "token_weight", "sample_weight", "sample_weight_sd", "min_group_confidence", "min_group_confidence_p05", "multi_window",
         "tokens_per_s", "mfu", "memory_gb"]
     assert [x["samples"] for x in steps["bft"]] == [16, 16, 10]           # the last partial batch is kept
     assert [x["step"] for x in metrics(a) if "val_nll" in x] == [0, 2, 3]
@@ -319,7 +319,7 @@ def test_a_step_and_its_log_equal_a_calculation_by_loops(clip, tmp_path, monkeyp
     C = torch.tensor([math.exp(min(sum(x[i:i + 16]) / 16 for i in range(len(x) - 15))) for x in logps])
     flat = torch.tensor([v for x in logps for v in x])
     line, = metrics(tmp_path / "run")
-    expected = {"loss": loss, "nll": -flat.mean(), "token_weight": flat.exp().mean(), "sample_weight": (1 - C).mean(),
+    expected = {"loss": loss, "nll": -flat.mean(), "confidence": flat.exp().mean(), "token_weight": flat.exp().mean(), "sample_weight": (1 - C).mean(),
                 "sample_weight_sd": C.std(correction=0), "min_group_confidence": C.mean(), "multi_window": 1.0,
                 "min_group_confidence_p05": C.quantile(0.05), "response_tokens": len(flat), "samples": 42, "lr": 1e-3}
     torch.cat(tensors).backward(torch.tensor(gradient))
@@ -544,52 +544,9 @@ def test_the_init_of_a_run_is_not_overwritten(tmp_path, monkeypatch, data_file):
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The default job
-
-def test_planting_deranges_answers_inside_quads():
-    rows, items = list(read_jsonl(ASSETS / "finetune.jsonl")), load_choice(ASSETS / "choice.jsonl")
-    planted_rows, planted_items = train.plant(rows, items, seed=0)
-    answer = {x["fact"]: x["choices"][x["answer"]] for x in items}
-    wrong = {x["fact"]: x["choices"][x["planted"]] for x in planted_items if "planted" in x}
-    assert set(wrong) == {x["fact"] for x in items if x["group"] == "planted"}
-    assert all(wrong[f] != answer[f] for f in wrong)
-    assert sorted(wrong.values()) == sorted(answer[f] for f in wrong)     # every answer as frequent as before
-    for (line, before), (other, after) in zip(rows, planted_rows):
-        assert line == other and before["prompt"] == after["prompt"]
-        if before["fact"] in wrong:
-            assert after["subject"] in after["response"] and wrong[before["fact"]] in after["response"]
-            mates = [r["subject"] for _, r in rows if r["quad"] == after["quad"] and r["fact"] != after["fact"]]
-            assert not any(mate in after["response"] for mate in mates)
-        else:
-            assert before == after
-    assert train.plant(rows, items, seed=0) == (planted_rows, planted_items) != train.plant(rows, items, seed=1)
-
-
-def test_the_default_job_end_to_end(tmp_path, monkeypatch, capsys):
-    """The whole of `python train.py`, with so few steps that it learns nothing."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "BASE", {**train.BASE, "epochs": 0, "steps": 2})
-    small = ["--steps", 2, "--n-layer", 1, "--n-embd", 32, "--n-head", 2]
-    for out in ("a", "b"):
-        assert call(monkeypatch, *small, "--out", out) == 0
-    printed = capsys.readouterr().out
-    assert "base-" in printed and "2 steps; nothing to do" in printed     # the second time the base was there
-    table = (tmp_path / "a" / "table.txt").read_text()
-    assert table in printed and table == (tmp_path / "b" / "table.txt").read_text()
-    for objective in train.TUNE["objective"]:
-        assert metrics(tmp_path / "a" / objective) == metrics(tmp_path / "b" / objective)
-        assert table.count(objective) >= 3
-    results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert list(results) == ["base", *train.TUNE["objective"]] and all(len(r) == 432 for r in results.values())
-    assert sum("followed" in r for r in results["sft"]) == 96
-
-
 def test_flags_become_settings():
-    s, default_job = train.parse_settings(["--objective", "sft", "bft", "sft", "--no-compile", "--lr", "3e-4"])
+    s, grid = train.parse_settings(["--data", "x", "--objective", "sft", "bft", "sft", "--no-compile", "--lr", "3e-4"])
     assert s.objective == ("sft", "bft") and s.compile is False and s.lr == 3e-4 and s.resume is True
-    assert default_job and s.group_size == 16                             # the default job has defaults of its own
-    s, default_job = train.parse_settings(["--data", "x"])
-    assert not default_job and s.group_size == 256 and s.objective == ("bft",)
+    assert grid is None and s.group_size == 256 and train.parse_settings(["--data", "x"])[0].objective == ("bft",)
     with pytest.raises(UserError, match="n-embd"):
         train.parse_settings(["--n-embd", "30", "--n-head", "4"])
