@@ -50,3 +50,7 @@ def test_the_adapter_has_the_same_gradient_at_every_accumulation(tmp_path):
     # The plain Trainer passes the number of *tokens*: bft divided by that is off by the mean response length, 60 / 8.
     wrong = gradient(transformers.Trainer, 4, scope["bft_loss"], tmp_path)
     assert wrong.norm() / one.norm() == pytest.approx(8 / 60, rel=1e-3)
+    # A loss that ignores that number, as the authors' does, is as many times too large as there are micro-batches.
+    ignores = gradient(transformers.Trainer, 4, lambda outputs, labels, num_items_in_batch=None: bft.loss_from_logits(
+        outputs.logits, labels), tmp_path)
+    assert ignores.norm() / one.norm() == pytest.approx(4, rel=1e-3)
