@@ -213,9 +213,8 @@ MEASURES = [
 ]
 
 
-def summarise(task, results, measures=None):
-    """Rows of the table: results {model: [item, ...]} of one task, over the same items for every model. measures: those
-    wanted, None for all.
+def summarise(task, results):
+    """Rows of the table: results {model: [item, ...]} of one task, over the same items for every model.
 
     Each row: group, measure, heading, n, and for each model {value, value_low, value_high} and, but for the first,
     {difference, difference_low, difference_high}: paired, to the first model.
@@ -223,7 +222,7 @@ def summarise(task, results, measures=None):
     first = next(iter(results))
     groups = {r["group"] for r in results[first]}
     groups = [None, *sorted(groups - {None})] if len(groups) > 1 else [None]   # all; and each, if there are several
-    wanted = [m[1:] for m in MEASURES if m[0] == task and (measures is None or m[1] in measures)]
+    wanted = [m[1:] for m in MEASURES if m[0] == task]
     rows = []
     for group in groups:
         for measure, heading, weight, percent in wanted:

@@ -719,9 +719,9 @@ def iterate_safetensors(path):
             raise ValueError(f"{path} is not a safetensors file that we can read: {e}") from None
         for name, dtype, shape in layout:
             # Pages of its own, which go back at once when it goes; holes that malloc keeps cost GPT-2, whose matrices
-            # we transpose, a quarter of its size.
+            # we transpose, a quarter of its size. Not a byte more: torch would save it, and then not load it.
             size = math.prod(shape) * dtype.itemsize
-            pages = mmap.mmap(-1, size + 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             f.readinto(memoryview(pages)[:size])
             yield name, torch.frombuffer(pages, dtype=torch.uint8)[:size].view(dtype).view(shape)
 

@@ -337,8 +337,12 @@ def test_a_step_and_its_log_equal_a_calculation_by_loops(clip, tmp_path, monkeyp
             torch.testing.assert_close(after["model." + name], decayed - 1e-3 * g / (g.abs() + 1e-8), rtol=1e-4, atol=3e-6)
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, data_file, capsys):
+@pytest.mark.parametrize("init", ["scratch", "weights"])
+def test_a_run_goes_on_from_its_checkpoint(init, tmp_path, monkeypatch, data_file, capsys):
     argv = [*SMALL, "--data", data_file, "--steps", 8, "--batch-size", 16, "--save-every", 3, "--keep", 3]
+    if init == "weights":                                                 # float32: trained where they were read to
+        assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 1, "--out", tmp_path / "base") == 0
+        argv[argv.index("scratch")] = tmp_path / "base"
     for name in ("whole", "cut"):
         assert call(monkeypatch, *argv, "--out", tmp_path / name) == 0
     whole, cut = tmp_path / "whole", tmp_path / "cut"
