@@ -2,7 +2,7 @@
 
     python eval.py RUN_OR_MODEL [...] --tasks nll choice --data FILE [...] --out results.json
     python eval.py RUN_OR_MODEL [...] --prompt "What causes gout?"
-    python eval.py RUN [...] --tasks plot --out pictures.json
+    python eval.py RUN [...] --tasks plot --out look
 
 A model is a run of `train.py`, a Hugging Face directory or repository id. Each task reads the --data file of its place:
 
@@ -17,6 +17,7 @@ Models are columns; where lines carry a `group`, each group is a row. Difference
 items, with a paired bootstrap 95% interval.
 """
 
+import contextlib
 import html
 import itertools
 import json
@@ -90,7 +91,7 @@ def choice_items(model, tokenizer, items, dtype=torch.float32):
     As in lm-evaluation-harness: a choice is the continuation " " + choice of the prompt, its tokens those that the
     whole text has beyond the prompt's; acc picks the highest log-likelihood, acc_norm the highest per character of the
     choice, acc_bytes per byte. `nll` is that of the right answer per token. An item's `planted` is the index of a
-    wrong answer that training asserted; `followed` says whether acc's pick is that one.
+    wrong answer that training asserted: `followed` says whether acc's pick is that one, `planted_nll` is its NLL.
     """
     requests = []
     for item in items:
@@ -113,7 +114,8 @@ def choice_items(model, tokenizer, items, dtype=torch.float32):
                   "nll": -loglik[answer] / tokens[answer]}
         record |= {measure: int(pick == answer) for measure, pick in picks.items()}
         if "planted" in item:
-            record["followed"] = int(picks["acc"] == item["planted"])
+            wrong = item["planted"]
+            record |= {"followed": int(picks["acc"] == wrong), "planted_nll": -loglik[wrong] / tokens[wrong]}
         records.append(record)
     return records
 
@@ -271,17 +273,18 @@ def print_table(rows, title):
 # The default job of train.py: many trainings from bases with different seeds, and what can be said of them
 
 STRATA = ("known", "weak", "novel", "planted", "known, held out", "weak, held out")
+NOVEL, NOVEL_NLL = ("novel", "acc"), ("novel", "nll")
+FOLLOWED, LOST = ("planted", "followed"), ("held out", "lost")
 WEIGHTED = ("bft-token", "bft", "bft-v3")
-# text, objectives, compared with the first objective where, in what, sign (0: less than 5 points either way)
+# text, objectives, less of what than sft, where; the last: within 5 points of it
 PREDICTIONS = [
-    ("At one learning rate bft-token, bft and bft-v3 learn fewer novel facts than sft.", WEIGHTED, "lr",
-     ("novel", "acc"), -1),
-    ("At one learning rate they follow fewer wrong labels.", WEIGHTED, "lr", ("planted", "followed"), -1),
-    ("At one learning rate they forget fewer facts.", WEIGHTED, "lr", ("held out", "lost"), -1),
-    ("At equal novel accuracy they still follow fewer wrong labels, which the base gives a smaller p than novel facts.",
-     WEIGHTED, "frontier", ("planted", "followed"), -1),
+    ("Over the learning rates bft-token, bft and bft-v3 learn fewer novel facts than sft.", WEIGHTED, NOVEL, "rates"),
+    ("Over the learning rates they follow fewer wrong labels.", WEIGHTED, FOLLOWED, "rates"),
+    ("Over the learning rates they lose less of the held-out facts.", WEIGHTED, LOST, "rates"),
+    ("At equal novel accuracy they still follow fewer wrong labels, since the base expects those even less.", WEIGHTED,
+     FOLLOWED, "frontier"),
     ("sft-sample stays within 5 points of sft's frontier, since answers are of much the same length.", ("sft-sample",),
-     "frontier", ("planted", "followed"), 0),
+     FOLLOWED, "near"),
 ]
 # 97.5% quantiles of Student's t, 1 to 9 degrees of freedom.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -313,24 +316,25 @@ def along(path, position):
 
 
 def frontier_gap(x, y, other_x, other_y):
-    """The mean of y minus other_y at equal x, over all x from the common first point (the base) to the lower of the two
-    maxima. x, y: (P,) heights along one objective's learning rates. nan if one of them never rises above the base."""
+    """The mean of y minus other_y at equal x, over all x from the common first point (the base) to nine tenths of the
+    way to the lower of the two maxima (a highest point is partly luck). x, y: (P,) heights along one objective's
+    learning rates. nan if one of them never rises above the base."""
     top = min(max(x), max(other_x))
     if not top > x[0]:
         return math.nan
-    levels = x[0] + (top - x[0]) * (np.arange(50) + 0.5) / 50
+    levels = x[0] + 0.9 * (top - x[0]) * (np.arange(50) + 0.5) / 50
     return float(np.mean([along(y, crossing(x, v)) - along(other_y, crossing(other_x, v)) for v in levels]))
 
 
-def curves(results):
+def rate_curves(results):
     """{objective: {(stratum, measure): (seeds, 1 + learning rates)}}: means over items, the base's first. Measures: acc
-    and nll of the right answer; of planted facts also followed; of "held out" ones `lost`, the fall of acc since the
-    base."""
+    and nll of the right answer; of planted facts also followed and planted_nll; of "held out" ones `lost`, the fall of
+    acc since the base, what was gained counted against it."""
     means = {}
     for m in results["models"]:
         values = {}
         for x in m["items"]:
-            for measure in ("acc", "nll", "followed"):
+            for measure in ("acc", "nll", "followed", "planted_nll"):
                 if measure in x:
                     values.setdefault((x["group"], measure), []).append(x[measure])
         means[m["objective"], m["seed"], m["lr"]] = {key: np.mean(v) for key, v in values.items()}
@@ -339,103 +343,120 @@ def curves(results):
         rows = [[means["base", s, 0], *(means[name, s, lr] for lr in results["lrs"])] for s in results["seeds"]]
         out[name] = {key: np.array([[m[key] for m in row] for row in rows]) for key in rows[0][0]}
         kept = (out[name]["known, held out", "acc"] + out[name]["weak, held out", "acc"]) / 2   # as many of each
-        out[name]["held out", "lost"] = kept[:, :1] - kept
+        out[name][LOST] = kept[:, :1] - kept
     return out
 
 
-def report(results):
+def findings(results):
     """The default job's findings as text: frontiers, strata at equal novel accuracy and at an equal learning rate,
     gradients, and what became of PREDICTIONS. results: what train.py's demo saves."""
-    names, seeds, lrs = results["objectives"], results["seeds"], results["lrs"]
-    c, first, several, rates = curves(results), names[0], len(seeds) > 1, [0, *lrs]
+    names = sorted(results["objectives"], key=lambda name: name != "sft")   # that which others are compared with first
+    c, first, seeds, rates = rate_curves(results), names[0], len(results["seeds"]), [0, *results["lrs"]]
     n = {g: sum(x["group"] == g for x in results["models"][0]["items"]) for g in STRATA}
-    novel, followed, lost = ("novel", "acc"), ("planted", "followed"), ("held out", "lost")
-    lines, differences = [], {}
+    lines, wide, differences = [], max(map(len, names)) + 2, {}
 
-    def cell(values, scale, form, of=0):
+    def number(value, digits, sign=""):
+        return f"{round(value, digits) + 0.0:{sign}.{digits}f}"           # no -0
+
+    def cell(values, scale, digits, of=0, sign="+"):
         """Mean and interval over seeds; that of a share of `of` items is never narrower than over items alone."""
         mean, low, high = seed_interval(values)
         if math.isnan(mean):
             return "-"
         if of:
             w_low, w_high = wilson(min(max(mean, 0), 1), of)
-            low, high = (max(0, min(low, w_low)), min(1, max(high, w_high))) if several else (w_low, w_high)
-        brackets = f" [{low * scale:{form}},{high * scale:{form}}]" if several or of else ""
-        return f"{mean * scale:{'' if of or form == '.2f' else '+'}{form}}" + brackets
+            low, high = (max(0, min(low, w_low)), min(1, max(high, w_high))) if seeds > 1 else (w_low, w_high)
+        brackets = f" [{number(low * scale, digits)},{number(high * scale, digits)}]" if seeds > 1 or of else ""
+        return number(mean * scale, digits, sign) + brackets
 
-    def table(title, positions, where):
-        """Each objective read off at its positions on its curves, one for each seed, and minus the first objective."""
+    def table(title, positions):
+        """Each objective read off at its position on its curves, the same for every seed, and minus the first one."""
         lines.extend(["", title])
-        shares = [*((g, "acc") for g in STRATA[:4]), followed, *((g, "acc") for g in STRATA[4:])]
-        for keys, scale, form, width, what in (
-                (shares, 100, ".0f", 15, "Right answer picked, %; wrong label: the planted one picked, %"),
-                ([(g, "nll") for g in STRATA], 1, ".2f", 19, "NLL of the right answer, nats per token")):
-            heading = ["wrong label" if key == followed else "held-out " * ("," in key[0]) + key[0].split(",")[0]
+        shares = [*((g, "acc") for g in STRATA[:4]), FOLLOWED, *((g, "acc") for g in STRATA[4:])]
+        for keys, scale, digits, width, what in (
+                (shares, 100, 0, 15, "Right answer picked, %; wrong label: the planted one picked, %"),
+                ([(g, "nll") for g in STRATA], 1, 2, 19, "NLL of the right answer, nats per token")):
+            heading = ["wrong label" if key == FOLLOWED else "held-out " * ("," in key[0]) + key[0].split(",")[0]
                        for key in keys]
-            lines.extend([what, " " * 11 + "lr".rjust(8) + "".join(h.rjust(width) for h in heading)])
-            at = {name: {key: np.array([along(row, p) for row, p in zip(c.get(name, c[first])[key], places)])
-                         for key in [*keys, lost]} for name, places in positions.items()}
-            for name, places in positions.items():
-                lr = np.mean([along(rates, p) for p in places])
-                lines.append(f"{name:11s}{lr:8.2g}" + "".join(
-                    cell(at[name][key], scale, form, n[key[0]] if keys is shares else 0).rjust(width) for key in keys))
-            for name in names[1:]:
-                differences.update({(where, name, key): at[name][key] - at[first][key] for key in at[name]})
-                if several:
-                    lines.append(f"{name + ' - ' + first:19s}" + "".join(
-                        cell(differences[where, name, key], scale, form).rjust(width) for key in keys))
+            lines.extend([what, " " * wide + "lr".rjust(8) + "".join(h.rjust(width) for h in heading)])
+            at = {name: {key: np.array([along(row, place) for row in c.get(name, c[first])[key]]) for key in keys}
+                  for name, place in positions.items()}
+            for name, place in positions.items():
+                lines.append(name.ljust(wide) + f"{along(rates, place):8.2g}" + "".join(
+                    cell(at[name][key], scale, digits, n[key[0]] if keys is shares else 0, "").rjust(width)
+                    for key in keys))
+            for name in names[1:] if seeds > 1 else ():
+                lines.append(f"{name} - {first}".ljust(wide + 8) + "".join(
+                    cell(at[name][key] - at[first][key], scale, digits).rjust(width) for key in keys))
 
-    sizes = "; ".join(f"{count} {g}" for g, count in n.items())
-    knows = np.mean([c[first][g, "acc"][:, 0] for g in ("known", "known, held out", "planted")])
+    def base(measure, stratum):
+        return c[first][stratum, measure][:, 0].mean()
+
+    knows = np.mean([base("acc", g) for g in ("known", "known, held out", "planted")])
     lines += [
-        f"What each loss learns, by what the model already believes: {len(seeds)} base(s), each fine-tuned "
-        f"{len(names)} x {len(lrs)} times.",
-        f"Facts: {sizes}. Four options, so that chance is 25%.",
+        f"What each loss learns, by what the model already believes: {seeds} base(s), each fine-tuned {len(names)} x "
+        f"{len(rates) - 1} times.",
+        f"Facts: {'; '.join(f'{count} {g}' for g, count in n.items())}. Four options, so that chance is 25%.",
         "Known genes were pre-trained often, weak ones a few times, novel ones never; planted facts are known ones",
-        "fine-tuned on a wrong label; held-out ones are not fine-tuned: what is lost of them is forgotten.",
-        f"The bases answer {knows:.0%} of their known and planted facts.",
-        *(["Brackets: 95% intervals over seeds (Student's t), for shares never narrower than over items. The facts are",
-           "the same with every seed; the bases, the wrong labels and the order are not."] if several else
-          ["One seed: brackets are over items alone, and say nothing of other trainings; --seeds 0 1 2 trains three."]),
-        "", "FRONTIER: novel facts right / wrong labels followed / held-out facts lost, %, by learning rate (0: base)",
-        " " * 11 + "".join(f"{lr:g}".rjust(15) for lr in rates)]
+        "fine-tuned on a wrong label; held-out ones are not fine-tuned. Who merely forgets a planted fact picks its",
+        "wrong label in a third of the errors.",
+        f"The bases answer {knows:.0%} of their known and planted facts; their NLL of a novel answer is "
+        f"{base('nll', 'novel'):.1f} nats per token, of a wrong label {base('planted_nll', 'planted'):.1f}.",
+        *(["Brackets: 95% intervals over seeds (Student's t), for shares never narrower than over items. The facts",
+           "are the same with every seed; bases, wrong labels and order are not. One interval in twenty misses."]
+          if seeds > 1 else
+          ["One seed: brackets are over items alone, and say nothing of other trainings. --seeds 0 1 2 trains three."]),
+        "", "FRONTIER: novel facts right / wrong labels followed / held-out accuracy lost, % (lr 0: the base)",
+        " " * wide + "".join(f"{lr:g}".rjust(15) for lr in rates)]
     for name in names:
-        lines.append(f"{name:11s}" + "".join(" / ".join(f"{c[name][key][:, i].mean() * 100:.0f}" for key in (
-            novel, followed, lost)).rjust(15) for i in range(len(rates))))
-    if names[1:]:
-        lines += ["", f"Does it leave {first}'s frontier? Points more or fewer at equal novel accuracy, where both are",
-                  f"{'':11s}{'wrong labels followed':>36s}{'held-out facts lost':>36s}"]
-    for name in names[1:]:
-        lines.append(f"{name:11s}")
-        for key in (followed, lost):
-            gaps = [frontier_gap(*curve) for curve in zip(c[name][novel], c[name][key], c[first][novel], c[first][key])]
-            differences["frontier", name, key] = gaps
-            mean, low, high = seed_interval(gaps)
-            verdict = "learns nothing novel" if math.isnan(mean) else "yes, better" if high < 0 else \
-                "yes, worse" if low > 0 else "cannot tell"
-            lines[-1] += f"{cell(gaps, 100, '.1f')}  {verdict:11s}".rjust(36)
-
-    level = math.floor(100 * min(c[name][novel].max(1).min() for name in names)) / 100
-    if level > c[first][novel][:, 0].max():
-        table(f"AT EQUAL NOVEL ACCURACY, {level:.0%}: the highest that every objective reaches with every seed",
-              {name: [crossing(row, level) for row in c[name][novel]] for name in names}, "novel")
+        lines.append(name.ljust(wide) + "".join(" / ".join(number(c[name][key][:, i].mean() * 100, 0) for key in (
+            NOVEL, FOLLOWED, LOST)).rjust(15) for i in range(len(rates))))
+    for key, sign, what, scale, digits, unit in ((NOVEL, 1, "accuracy on novel facts", 100, 0, "%"),
+                                                 (NOVEL_NLL, -1, "NLL of novel facts", 1, 2, "")):
+        reach = {name: sign * (sign * c[name][key].mean(0)).max() for name in names}
+        if names[1:]:
+            lines += ["", f"Does it leave {first}'s frontier? Points more or fewer at equal {what}, off straight "
+                      f"lines; {first} reaches {number(reach[first] * scale, digits)}{unit}",
+                      f"{'':{wide}s}    compared  reaches{'wrong labels followed':>36s}{'held-out accuracy lost':>36s}"]
+        for name in names[1:]:
+            start = c[name][key][:, 0].mean()
+            end = start + 0.9 * sign * (min(sign * reach[name], sign * reach[first]) - sign * start)
+            compared = f"{number(start * scale, digits)}-{number(end * scale, digits)}{unit}"
+            lines.append(f"{name.ljust(wide)}{compared:>12s}{number(reach[name] * scale, digits) + unit:>9s}")
+            for y in (FOLLOWED, LOST):
+                gaps = [frontier_gap(*curve) for curve in zip(
+                    sign * c[name][key], c[name][y], sign * c[first][key], c[first][y])]
+                if key == NOVEL:
+                    differences["frontier", name, y] = gaps
+                average, low, high = seed_interval(gaps)
+                verdict = "no gap" if math.isnan(average) else "cannot tell" if seeds < 3 or low <= 0 <= high else \
+                    "yes, better" if high < 0 else "yes, worse"
+                lines[-1] += f"{cell(gaps, 100, 1)}  {verdict:11s}".rjust(36)
+    start = c[first][NOVEL][:, 0].mean()
+    level = start + 0.9 * (min(c[name][NOVEL].mean(0).max() for name in names) - start)
+    if level > start:
+        table(f"AT EQUAL NOVEL ACCURACY: {level:.0%}, nine tenths of the way that all come, read off between rates",
+              {name: crossing(c[name][NOVEL].mean(0), level) for name in names})
     else:
-        lines += ["", "No table at equal novel accuracy: not every objective gets above every base."]
-    best = int(np.argmax(c[first][novel].mean(0)[1:])) + 1
-    table(f"AT AN EQUAL LEARNING RATE, {rates[best]:g}: where {first} has most novel facts right",
-          {name: [best * (name != "base")] * len(seeds) for name in ("base", *names)}, "lr")
+        lines += ["", "No table at equal novel accuracy: not every objective gets above the base."]
+    middle = (len(rates) - 1) // 2 + 1
+    table(f"AT AN EQUAL LEARNING RATE, the middle one, {rates[middle]:g}",
+          {name: middle * (name != "base") for name in ("base", *names)})
     lines += gradient_table(results["gradient"])
-    if several and first == "sft":
-        lines += ["", "PREDICTIONS and what became of them, in points (open: the interval has both signs)"]
-        for text, objectives, where, key, sign in PREDICTIONS:
-            found = []
-            for name in objectives:
-                if (where, name, key) in differences:
-                    mean, low, high = seed_interval(differences[where, name, key])
-                    held, failed = (high < 0, low > 0) if sign else (-0.05 < low and high < 0.05, False)
-                    found.append(f"{name} {'held' if held else 'failed' if failed else 'open'} "
-                                 f"({mean * 100:+.0f} [{low * 100:.0f},{high * 100:.0f}])")
-            lines += [f"- {text}", "  " + ("; ".join(found) or "not trained")]
+    lines += ["", "PREDICTIONS and what became of them, in points (open: the interval allows both)"]
+    for text, objectives, key, where in PREDICTIONS if seeds >= 3 and first == "sft" else ():
+        found = []
+        for name in (name for name in objectives if name in names):
+            over_rates = (c[name][key] - c[first][key])[:, 1:].mean(1)
+            values = over_rates if where == "rates" else differences["frontier", name, key]
+            average, low, high = seed_interval(values)
+            held, failed = (high < 0, low > 0) if where != "near" else (
+                -0.05 < low and high < 0.05, low > 0.05 or high < -0.05)
+            verdict = "no gap" if math.isnan(average) else "held" if held else "failed" if failed else "open"
+            found.append(f"{name} {verdict} ({cell(values, 100, 0)})")
+        lines += [f"- {text}", "  " + ("; ".join(found) or "not trained")]
+    if seeds < 3 or first != "sft":
+        lines.append("They need three seeds, and sft among the objectives.")
     return "\n".join([*lines, ""])
 
 
@@ -444,8 +465,9 @@ def gradient_items(model, samples, objectives, group_size=256, dtype=torch.float
     """How hard each objective pushes each response token: {"p": (N,) p_t, "C": (N,) C_b of its sample, objective: (N,)
     |d loss / d logit| of the token's own logit in a batch of its sample alone, times n_b (both averages divide by it)}.
 
-    By autograd through `bft.loss_from_logits`, so that theory has something to be compared with: sft 1 - p, dft and
-    bft-token p (1 - p), bft (1 - C) p (1 - p). Over all logits the absolute values add up to twice that.
+    By autograd through `bft.loss_from_logits`, and C by its definition, so that theory has something to be compared
+    with: sft 1 - p, dft and bft-token p (1 - p), bft (1 - C) p (1 - p). Over all logits absolute values add up to twice
+    that.
     """
     device, out = next(model.parameters()).device, {key: [] for key in ("p", "C", *objectives)}
     for x in samples:
@@ -454,15 +476,15 @@ def gradient_items(model, samples, objectives, group_size=256, dtype=torch.float
         with autocast(device, dtype):
             logits = model(ids).float()                                   # (1, T, V)
         at = (labels[0, 1:] != -100).nonzero()[:, 0]                      # (n_b,) what predicts the response tokens
-        own = (0, at, ids[0, at + 1])
-        logp = logits.log_softmax(-1)[own]
-        out["p"] += logp.exp().tolist()
-        out["C"] += bft.group_confidence(logp, torch.tensor([0, len(at)]), group_size).tolist() * len(at)
+        own, n = (0, at, ids[0, at + 1]), len(at)
+        logp, g = logits.log_softmax(-1)[own].double().cpu().numpy(), min(group_size, n)
+        out["p"] += np.exp(logp).tolist()
+        out["C"] += [float(np.exp(np.convolve(logp, np.full(g, 1 / g), "valid").min()))] * n
         for name in objectives:
             with torch.enable_grad():
                 loss = bft.loss_from_logits(logits.requires_grad_(), labels, name, group_size)
                 gradient, = torch.autograd.grad(loss, logits)
-            out[name] += (gradient[own].abs() * len(at)).tolist()
+            out[name] += (gradient[own].abs() * n).tolist()
     return {key: [float(f"{v:.4g}") for v in values] for key, values in out.items()}
 
 
@@ -474,20 +496,22 @@ P_EDGES = (0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1)
 def gradient_table(gradient):
     """Lines of text: `gradient_items` by bucket of p, beside the theory; bft's also by thirds of C."""
     g = {key: np.array(values) for key, values in gradient.items()}
-    p, C, names = g["p"], g["C"], [key for key in g if key not in "pC"]
+    p, C, names = g["p"], g["C"], [key for key in g if key not in ("p", "C")]
     bucket = np.digitize(p, P_EDGES[1:-1])
-    lines = ["", f"GRADIENT. |d loss / d logit| of a response token, times n_b, at the first base ({len(p)} tokens): "
-             "measured (theory) share of all",
-             "p".ljust(12) + "tokens".rjust(7) + "".join(name.rjust(20) for name in names)]
+    lines = ["", f"GRADIENT: |d loss / d logit| of a response token, times n_b, at the first base ({len(p)} tokens): "
+             "measured (theory) share of all.",
+             "Within a sample sft-sample pushes as sft does, bft-token as dft, bft-tokavg as bft.",
+             "p".ljust(12) + "tokens".rjust(7) + "".join(name.rjust(max(20, len(name) + 1)) for name in names)]
     for b, (low, high) in enumerate(itertools.pairwise(P_EDGES)):
         row, here = f"{low:g} to {high:g}".ljust(12) + f"{(bucket == b).mean():7.1%}", bucket == b
         for name in names if here.any() else ():
             theory = f" ({THEORY[name](p, C)[here].mean():.3f})" if name in THEORY else ""
-            row += f"{g[name][here].mean():.3f}{theory}{g[name][here].sum() / g[name].sum():5.0%}".rjust(20)
+            row += f"{g[name][here].mean():.3f}{theory}{g[name][here].sum() / g[name].sum():5.0%}".rjust(
+                max(20, len(name) + 1))
         lines.append(row)
     if "bft" in g:
         edges = [0, *np.quantile(C, (1 / 3, 2 / 3)), 1]
-        lines += ["", "bft, by its sample's minimum group confidence C as well: measured (theory)",
+        lines += ["bft, by its sample's minimum group confidence C as well: measured (theory)",
                   "p".ljust(12) + "".join(f"C {a:.3f} to {b:.3f}".rjust(22) for a, b in itertools.pairwise(edges))]
         third = np.digitize(C, edges[1:-1])
         for b, (low, high) in enumerate(itertools.pairwise(P_EDGES)):
@@ -507,6 +531,16 @@ LOOK = {"sft": ("#000000", "o"), "bft": ("#D55E00", "s"), "bft-token": ("#0072B2
         "bft-tokavg": ("#E69F00", "p")}
 
 
+def read_metrics(path, last=math.inf):
+    """The lines of a metrics.jsonl up to step `last`, without what a crash left of one."""
+    lines = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            if (row := json.loads(line))["step"] <= last:
+                lines.append(row)
+    return lines
+
+
 def plot(paths, out):
     """Draws what directories hold, into files beside `out`; returns their paths. A directory of the default job gives
     its frontiers and gradients, runs give their training curves, all on the same axes. Raises UserError."""
@@ -514,27 +548,25 @@ def plot(paths, out):
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError('pictures need matplotlib: pip install -e ".[plot]"') from None
-    out, runs, drawn = Path(out), {}, []
-    for path in map(Path, paths):
-        try:
-            if (path / "metrics.jsonl").is_file():
-                lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-                if not any("nll" in line for line in lines):
-                    raise ValueError("no step is logged yet")
-                runs[os.path.relpath(path)] = lines
+    except Exception as e:                                                # not there, or not fit for this numpy
+        raise UserError(f'pictures need matplotlib ({e}): pip install -e ".[plot]"') from None
+    out, runs, drawn, files = Path(out), {}, [], []
+    jobs = [path for path in map(Path, paths) if not (path / "metrics.jsonl").is_file()]
+    try:
+        for path in map(Path, paths):
+            if path not in jobs:
+                runs[os.path.relpath(path)] = read_metrics(path / "metrics.jsonl")
                 continue
             results = json.loads((path / "results.json").read_text())
-            figures = {"frontier": draw_frontier(plt, results), "gradient": draw_gradient(plt, results["gradient"])}
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{path}: {type(e).__name__} ({e}); expected a run with its metrics.jsonl, or what "
-                            "`python train.py` left") from None
-        where = "-".join(p for p in path.parts if p.strip("./")) + "-" if len(paths) > 1 else ""
-        drawn += [(where + kind, figure) for kind, figure in figures.items()]
-    if runs:
-        drawn.append(("curves", draw_curves(plt, runs)))
-    files = []
+            where = f"{jobs.index(path) + 1}-" if len(jobs) > 1 else ""
+            drawn.append((f"{where}frontier", draw_frontier(plt, results)))
+            drawn.append((f"{where}gradient", draw_gradient(plt, results["gradient"])))
+        path = ", ".join(runs)
+        if runs:
+            drawn.append(("curves", draw_curves(plt, runs)))
+    except Exception as e:                                                # whatever a damaged file leads to
+        raise UserError(f"{path}: {type(e).__name__} ({e}); expected runs with a step in metrics.jsonl, or what "
+                        "`python train.py` left") from None
     for kind, figure in drawn:
         files.append(out.with_name(f"{out.stem}-{kind}.png"))
         with replacing(files[-1]) as f:
@@ -544,14 +576,14 @@ def plot(paths, out):
 
 
 def draw_frontier(plt, results):
-    """Novel facts learned against wrong labels followed, and against facts forgotten: a curve for each objective from
-    the base over its learning rates, the mean over seeds; a small mark for each seed."""
-    c, seeds = curves(results), results["seeds"]
+    """Novel facts learned against wrong labels followed, and against accuracy lost: a curve for each objective from the
+    base over its learning rates, the mean over seeds; a small mark for each seed."""
+    c, seeds, rates = rate_curves(results), results["seeds"], [f"{lr:g}" for lr in results["lrs"]]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    for ax, key, label in ((axes[0], ("planted", "followed"), "planted wrong labels followed, %"),
-                           (axes[1], ("held out", "lost"), "held-out facts lost, points")):
+    for ax, key, label in ((axes[0], FOLLOWED, "planted wrong labels followed, %"),
+                           (axes[1], LOST, "held-out accuracy lost, points")):
         for name, measured in c.items():
-            x, y = 100 * measured["novel", "acc"], 100 * measured[key]
+            x, y = 100 * measured[NOVEL], 100 * measured[key]
             colour, marker = LOOK.get(name, (None, "o"))
             line, = ax.plot(x.mean(0), y.mean(0), color=colour, marker=marker, label=name, zorder=3)
             ax.scatter(x[:, 1:], y[:, 1:], s=9, color=line.get_color(), marker=marker, alpha=0.35, linewidth=0)
@@ -559,8 +591,8 @@ def draw_frontier(plt, results):
                 label="base")
         ax.set(xlabel="novel facts right, % (chance 25)", ylabel=label)
         ax.grid(alpha=0.3)
-    axes[0].legend(title="learning rates\n" + ", ".join(f"{lr:g}" for lr in results["lrs"][:3])
-                   + (",\n" + ", ".join(f"{lr:g}" for lr in results["lrs"][3:]) if len(results["lrs"]) > 3 else ""))
+    lines = [", ".join(rates[i:i + 3]) for i in range(0, len(rates), 3)]
+    axes[0].legend(title="learning rates\n" + ",\n".join(lines))
     figure.suptitle(f"Further right is better, lower is better; means over {len(seeds)} seed(s), small marks are seeds")
     return figure
 
@@ -568,45 +600,45 @@ def draw_frontier(plt, results):
 def draw_gradient(plt, gradient):
     """|d loss / d logit| of each token against its p, measured; lines are the theory."""
     g = {key: np.array(values) for key, values in gradient.items()}
-    p, C, names = g["p"], g["C"], [key for key in g if key not in "pC"]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.3 * len(names), 3.6), layout="constrained", squeeze=False)
+    p, C, names = g["p"], g["C"], [key for key in g if key not in ("p", "C")]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.3 * len(names), 3.6), layout="constrained", squeeze=False,
+                                sharey=True)
     grid = np.linspace(0, 1, 200)
     for ax, name in zip(axes[0], names):
-        dots = ax.scatter(p, g[name], s=3, c=C, cmap="viridis", vmin=0, vmax=1, alpha=0.6, linewidth=0, rasterized=True)
-        for level in (np.quantile(C, (0.1, 0.5, 0.9)) if name == "bft" else (0,) if name in THEORY else ()):
-            ax.plot(grid, THEORY[name](grid, level), color="black", linewidth=1)
+        for quantile in (0.1, 0.5, 0.9) if name == "bft" else (0.5,) if name in THEORY else ():
+            level = np.quantile(C, quantile)
+            ax.plot(grid, THEORY[name](grid, level), color="black", linewidth=1,
+                    label=f"theory, C = {level:.2f}" if name == "bft" else "theory")
+        dots = ax.scatter(p, g[name], s=3, c=C, cmap="viridis", vmin=0, vmax=1, linewidth=0, zorder=3, rasterized=True)
         ax.set(title=name, xlabel="p of the token")
         ax.grid(alpha=0.3)
+        if name in THEORY:
+            ax.legend(fontsize="small")
     axes[0, 0].set_ylabel("|d loss / d logit| x n_b")
-    figure.colorbar(dots, label="C of its sample").solids.set_alpha(1)
+    figure.colorbar(dots, label="C of its sample")
     return figure
 
 
 def draw_curves(plt, runs):
     """What every run logs in the same unit, whatever its loss. runs: {name: lines of metrics.jsonl}."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
-    common = os.path.commonpath(runs) if len(runs) > 1 else ""
-    names = [Path(run).name for run in runs]
-
-    def colour(run):                                                      # an objective's own, where they all are ones
-        return LOOK[Path(run).name][0] if len(set(names)) == len(names) and set(names) <= set(LOOK) else None
-
+    common, last = os.path.commonpath(runs) if len(runs) > 1 else "", [Path(run).name for run in runs]
+    own = len(set(last)) == len(last) and set(last) <= set(LOOK)          # each is named by its objective
     for ax, key, label in zip(axes.flat, ("nll", "confidence", "min_group_confidence", "grad_norm"), (
             "NLL, nats per response token", "mean confidence (p)", "mean minimum group confidence (C)",
             "gradient norm, before clipping")):
         for name, lines in runs.items():
-            steps = [(line["step"], line[key]) for line in lines if key in line]
-            x, y = np.array(steps).T.reshape(2, -1)
-            label_of = os.path.relpath(name, common) if common else name
-            line, = ax.plot(x, y, linewidth=0.8, alpha=0.35 if len(x) > 100 else 1, color=colour(name),
-                            label=None if len(x) > 100 else label_of)
-            if len(x) > 100:                                              # and its running mean
+            x, y = np.array([(line["step"], line[key]) for line in lines if "loss" in line]).T
+            shown, many = os.path.relpath(name, common) if common else name, len(x) > 100
+            line, = ax.plot(x, y, linewidth=0.8, alpha=0.35 if many else 1, label=None if many else shown,
+                            color=LOOK[Path(name).name][0] if own else None)
+            if many:                                                      # and the running mean
                 width = len(x) // 50
-                ax.plot(x[width - 1:], np.convolve(y, np.ones(width) / width, "valid"), color=line.get_color(),
-                        label=label_of)
+                ax.plot(x[width - 1:], np.convolve(y, np.full(width, 1 / width), "valid"), color=line.get_color(),
+                        label=shown)
             val = [(r["step"], r["val_nll"]) for r in lines if "val_nll" in r] if key == "nll" else []
             if val:
-                ax.plot(*zip(*val), "o--", color=line.get_color(), markersize=4, label=f"{label_of}, validation")
+                ax.plot(*zip(*val), "o--", color=line.get_color(), markersize=4, label=f"{shown}, validation")
         ax.set(ylabel=label, yscale="log" if key == "grad_norm" else "linear")
         ax.grid(alpha=0.3)
     for ax in axes[1]:
@@ -694,7 +726,8 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answer; 0: greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of an answer that is drawn (default: 0)")
     parser.add_argument("--out", default="results.json",
-                        help="where the table and the per-item scores go (default: results.json)")
+                        help="where the table and the per-item scores go, pages and pictures beside it (default: "
+                        "results.json)")
     parser.add_argument("--tokenizer", help="directory with tokenizer.json, or a tiktoken name; without: the model's")
     parser.add_argument("--chat-format", choices=("auto", *CHAT_FORMATS), default="auto", help="of samples and "
                         "the prompt; auto: the one whose special tokens the tokenizer has (default: auto)")

@@ -39,8 +39,8 @@ from data import (
     load_samples, load_tokenizer, read_jsonl, run
 )
 from eval import (
-    PREDICTIONS, STRATA, choice_items, find_device, generation_config, gradient_items, load_weights, open_model, plot,
-    report, score, segment_sum, stop_ids
+    FOLLOWED, NOVEL, PREDICTIONS, choice_items, find_device, findings, generation_config, gradient_items, load_weights,
+    open_model, plot, read_metrics, score, segment_sum, stop_ids
 )
 from model import GPT, GPTConfig, autocast, compute_dtype, replacing, weight_files, write_whole
 
@@ -155,9 +155,12 @@ def parse_settings(argv):
         raise UserError(f"--n-embd is {s.n_embd} for --n-head {s.n_head}; expected an even number for each head")
     if not default_job:
         return s, None
+    for one, other in (("seed", "seeds"), ("lr", "lrs"), ("quick", "seeds"), ("seed", "quick")):
+        if grid.get(one, one in given) and grid[other]:
+            raise UserError(f"--{one} and --{other} are both given; expected one of them")
     seeds = sorted(set(grid["seeds"] or ([s.seed] if "seed" in given else SEEDS[:1] if grid["quick"] else SEEDS)))
     lrs = sorted(set(grid["lrs"] or ([s.lr] if "lr" in given else LRS)))
-    if not (0 <= seeds[0] and seeds[-1] < 2 ** 32 and 0 < lrs[0] and lrs[-1] < math.inf):
+    if not all(0 <= seed < 2 ** 32 for seed in seeds) or not all(0 < lr < math.inf for lr in lrs):
         raise UserError(f"--seeds {seeds} --lrs {lrs}; expected seeds of 0 or more, below 2**32, and rates above 0")
     return s, (seeds, lrs)
 
@@ -168,7 +171,7 @@ class Ranks:
     def __init__(self, device):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = find_device(device)
-        self.quiet = False                                                # in the default job, but for warnings
+        self.quiet, self.said = False, set()                              # quiet: in the default job's many trainings
 
     def start(self):
         if self.device.type == "cuda":
@@ -192,6 +195,11 @@ class Ranks:
     def progress(self, *words):
         if not self.quiet:
             self.print(*words)
+
+    def once(self, words):
+        if words not in self.said:
+            self.said.add(words)
+            self.print(words)
 
     def largest(self, number):
         """The largest of the integers that the ranks bring, over gloo: no GPU is waited for."""
@@ -507,7 +515,7 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
                 f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {ranks.world} x {device}, "
                 f"{str(dtype).removeprefix('torch.')}")
     if bft.OBJECTIVES[objective].sample_weight is not bft.every_sample_1 and multi_window < 0.1:
-        ranks.print(f"warning: only {multi_window:.0%} of the samples have more than --group-size {s.group_size} "
+        ranks.once(f"warning: only {multi_window:.0%} of the samples have more than --group-size {s.group_size} "
                     "response tokens; for the others the one group is the whole sample")
     peak = next((v for k, v in PEAK_FLOPS.items() if k in config["device"]), None) if dtype == torch.bfloat16 else None
 
@@ -604,16 +612,6 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
     return out / "model"
 
 
-def read_metrics(path, last):
-    """The lines of a metrics.jsonl up to step `last`, without what a crash left of one."""
-    lines = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            if (row := json.loads(line))["step"] <= last:
-                lines.append(row)
-    return lines
-
-
 def host_memory_gb():
     """The process's largest resident size so far, in GB."""
     import resource
@@ -623,7 +621,7 @@ def host_memory_gb():
 # ---------------------------------------------------------------------------------------------------------------------
 # The default job: what does each loss learn, depending on what the model already believes?
 
-SEEDS, LRS = (0, 1, 2), (5e-4, 1e-3, 2e-3, 4e-3)
+SEEDS, LRS = (0, 1, 2), (2e-4, 1e-3, 2e-3, 4e-3)
 BASE = {"init": "scratch", "objective": ("sft",), "epochs": 6, "batch_size": 48, "lr": 5e-3, "weight_decay": 0.01,
         "log_every": 200}
 # Responses have about 45 tokens, so the paper's groups of 256 would all be whole samples: 16 gives each some thirty.
@@ -645,9 +643,9 @@ def plant(rows, items, seed):
     for x in items:
         if x["group"] == "planted":
             quads.setdefault(x["quad"], []).append(x["fact"])
-    random, mate = np.random.RandomState([seed, 1]), {}
+    rng, mate = np.random.RandomState([seed, 1]), {}
     for facts in quads.values():
-        shift = random.randint(1, len(facts))
+        shift = rng.randint(1, len(facts))
         mate |= {fact: facts[(k + shift) % len(facts)] for k, fact in enumerate(facts)}
     responses = {}
     for _, row in rows:
@@ -674,6 +672,10 @@ def demo(s, seeds, lrs, ranks):
     extras, code = model_files(tokenizer, [tokenizer.eos_id], {}), ("bft", "model", "data", "train")
     texts, _ = load_samples(assets / "pretrain.jsonl", tokenizer)
     rows, questions = list(read_jsonl(assets / "finetune.jsonl")), load_choice(assets / "choice.jsonl")
+    there = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    strange = [name for name in there if not re.fullmatch(r"seed-\d+|table\.txt|results\.json|.*\.(png|tmp)", name)]
+    if strange or "results.json" in there and not any(name.startswith("seed-") for name in there):
+        raise UserError(f"--out {out} holds something else; expected a new path, or that of an earlier default job")
     jobs = []
     for seed in seeds:                                                    # every path is looked at before any training
         b = Settings(**BASE, **{name: getattr(s, name) for name in shared}, seed=seed)
@@ -703,10 +705,10 @@ def demo(s, seeds, lrs, ranks):
         model = load_weights(directory).cast(dtype).to(ranks.device)
         records = choice_items(model, tokenizer, items, dtype)
         models.append({"objective": objective, "seed": seed, "lr": lr, "items": [
-            {k: x[k] for k in ("line", "group", "acc", "nll", "followed") if k in x} for x in records]})
-        shares = {group: np.mean([x["acc"] for x in records if x["group"] == group]) for group in STRATA}
-        shares["wrong label"] = np.mean([x["followed"] for x in records if "followed" in x])
-        ranks.print(f"seed {seed}  lr {lr:<8g}{objective:11s}" + "".join(f"  {k} {v:.0%}" for k, v in shares.items()))
+            {k: x[k] for k in ("line", "group", "acc", "nll", "followed", "planted_nll") if k in x} for x in records]})
+        novel, wrong = (np.mean([x[key] for x in records if x["group"] == group]) for group, key in (NOVEL, FOLLOWED))
+        ranks.print(f"seed {seed}  {objective if lr == 0 else f'lr {lr:g}  {objective}':22s}  novel facts right "
+                    f"{novel:4.0%}  wrong labels followed {wrong:4.0%}")
         return model
 
     for b, base, config, samples, items, runs in jobs:
@@ -714,7 +716,8 @@ def demo(s, seeds, lrs, ranks):
         base = train(b, "sft", base, config, functools.partial(GPT, scratch(b, tokenizer)), texts, [], extras, ranks)
         model = measure(base, items, "base", b.seed, 0)
         if gradient is None:                                              # (in a batch of one sample two are the same)
-            names = [o for o in dict.fromkeys(("sft", "dft", *s.objective)) if o not in ("sft-sample", "bft-token")]
+            same = ("sft-sample", "bft-token", "bft-tokavg")
+            names = [name for name in dict.fromkeys(("sft", "dft", *s.objective)) if name not in same]
             gradient = gradient_items(model, samples[::3], names, s.group_size, dtype)
         for mine, objective, directory, config in runs:
             ranks.quiet = True
@@ -726,16 +729,16 @@ def demo(s, seeds, lrs, ranks):
             measure(model, items, objective, b.seed, mine.lr)
     if ranks.rank == 0:
         results = {"objectives": s.objective, "seeds": seeds, "lrs": lrs, "models": models, "gradient": gradient}
-        table = report(results)
-        write_whole(out / "table.txt", [table.encode()])
         write_whole(out / "results.json", [json.dumps(results).encode()])
+        table = findings(results)
+        write_whole(out / "table.txt", [table.encode()])
         ranks.print(f"\n{table}")
-        curves = [directory for mine, _, directory, _ in jobs[0][-1] if mine.lr == lrs[len(lrs) // 2]]
+        middle = [directory for mine, _, directory, _ in jobs[0][-1] if mine.lr == lrs[len(lrs) // 2]]
         try:
-            for path in [*plot([out], out / "demo.png"), *plot(curves, out / "demo.png")]:
+            for path in plot([out, *middle], out / "demo"):
                 ranks.print(f"picture: {path}")
         except UserError as e:                                            # matplotlib is not one of the four packages
-            ranks.print(f"No pictures: {e}; then: python eval.py {out} --tasks plot --out {out / 'demo.png'}")
+            ranks.print(f"No pictures: {e}; then: python eval.py {out} --tasks plot --out {out / 'demo'}")
         ranks.print(f"Tables and every item's scores are in {out}. {time.perf_counter() - began:.0f} s.")
 
 
