@@ -69,6 +69,7 @@ def test_choice_equals_a_direct_calculation(tokenizer):
         assert record["acc_bytes"] == best([v / len(c.encode()) for v, c in zip(logliks, item["choices"])])
         assert record["nll"] == pytest.approx(-logliks[answer] / tokens[answer], abs=1e-5)
     assert "followed" not in records[0] and records[-1]["followed"] == int(np.argmax(records[-1]["loglik"]) == 0)
+    assert records[-1]["planted_nll"] == pytest.approx(-logliks[0] / tokens[0], abs=1e-5) and logliks[0] != logliks[2]
 
 
 def test_nll_equals_a_direct_calculation(tokenizer):

@@ -48,7 +48,8 @@ def test_the_default_job_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "BASE", {**train.BASE, "epochs": 0, "steps": 2})
     small = ["--steps", 2, "--n-layer", 1, "--n-embd", 32, "--n-head", 2, "--seeds", 0, 5, "--lrs", 2e-3, 1e-3,
              "--objective", "sft", "bft"]
-    seen, choice_items = [], train.choice_items
+    seen, choice_items, loaded, load_weights = [], train.choice_items, [], train.load_weights
+    monkeypatch.setattr(train, "load_weights", lambda path: loaded.append(str(path)) or load_weights(path))
     for out in ("b", "a"):
         seen.clear()
         monkeypatch.setattr(train, "choice_items", lambda model, tokenizer, items, dtype: seen.append(
@@ -75,7 +76,11 @@ def test_the_default_job_end_to_end(tmp_path, monkeypatch, capsys):
     rows, items = list(read_jsonl(ASSETS / "finetune.jsonl")), load_choice(ASSETS / "choice.jsonl")
     planted = {seed: [x.get("planted") for x in train.plant(rows, items, seed)[1]] for seed in (0, 5)}
     assert seen == [planted[0]] * 5 + [planted[5]] * 5 and planted[0] != planted[5]
-    tokens = [json.loads((tmp_path / "a" / name / "config.json").read_text())["sha256"]["tokens"] for name in runs]
+    configs = {name: json.loads((tmp_path / "a" / name / "config.json").read_text()) for name in runs}
+    for name, config in configs.items():                                  # from the base of its seed
+        assert loaded[loaded.index(f"a/{name}/model") - 1] == config["settings"]["init"] + "/model"
+    assert len({config["settings"]["init"] for config in configs.values()}) == 2
+    tokens = [config["sha256"]["tokens"] for config in configs.values()]
     assert len(set(tokens[:4])) == len(set(tokens[4:])) == 1 and tokens[0] != tokens[4]
     assert (tmp_path / "a" / "demo-frontier.png").exists() == ("matplotlib" in sys.modules)
     capsys.readouterr()
@@ -174,6 +179,7 @@ def test_verdicts_are_computed_from_intervals():
     assert verdicts(text, "NLL of novel facts")["bft"].count("no gap") == 2   # which nothing here changes
     assert "No table at equal novel accuracy" in text                     # bft-token never gets above the base
     held = text.split("PREDICTIONS")[1]
+    assert f"bft held ({mean * 100:+.0f} [{low * 100:.0f},{high * 100:.0f}])" in held.split("At equal novel accuracy")[1]
     assert "bft held (-12 [-12,-12])" in held and "bft-v3 open (+0 [0,0])" in held   # novel: -2/20 and -3/20
     assert "bft-v3 failed (+20" in held and "sft-sample held (+0 [0,0])" in held
     del novel["bft-token"], followed["bft-token"]
@@ -194,7 +200,7 @@ def test_every_cell_is_what_it_says():
         strata = evaluation.STRATA
         drawn[name, s, i] = {**{(g, "acc"): rng.randint(6, 18) for g in strata}, **{(g, "nll"): rng.uniform(0.5, 4) for g in strata},
                              ("planted", "followed"): rng.randint(3, 12), ("planted", "planted_nll"): rng.uniform(4, 5)}
-        drawn[name, s, i]["novel", "acc"] = 4 + 2 * (i + 1) + rng.randint(0, 3)
+        drawn[name, s, i]["novel", "acc"] = 4 + 2 * (i + 1) + rng.randint(0, 3) - 4 * (i == 2 and name == "bft")   # a peak before it
         return drawn[name, s, i]
 
     text = evaluation.findings(job(names, numbers, seeds=3, rates=3))
