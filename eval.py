@@ -375,7 +375,7 @@ def findings(results):
         shares = [*((g, "acc") for g in STRATA[:4]), FOLLOWED, *((g, "acc") for g in STRATA[4:])]
         for keys, scale, digits, width, what in (
                 (shares, 100, 0, 15, "Right answer picked, %; wrong label: the planted one picked, %"),
-                ([(g, "nll") for g in STRATA], 1, 2, 19, "NLL of the right answer, nats per token")):
+                ([(g, "nll") for g in STRATA], 1, 2, 20, "NLL of the right answer, nats per token")):
             heading = ["wrong label" if key == FOLLOWED else "held-out " * ("," in key[0]) + key[0].split(",")[0]
                        for key in keys]
             lines.extend([what, " " * wide + "lr".rjust(8) + "".join(h.rjust(width) for h in heading)])
