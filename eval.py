@@ -303,7 +303,8 @@ def seed_interval(values):
 
 
 def crossing(path, level):
-    """Where the broken line through path (P,) first rises to level: i + f, between points i and i + 1; nan: nowhere."""
+    """Where the broken line through path (P,) first rises to level: i + f, between points i and i + 1; nan: nowhere.
+    (The first time: a path that is noisy and flat gets there by luck sooner than it should.)"""
     for i, (a, b) in enumerate(itertools.pairwise(path)):
         if a < level <= b:
             return i + (level - a) / (b - a)
@@ -328,8 +329,8 @@ def frontier_gap(x, y, other_x, other_y):
 
 def rate_curves(results):
     """{objective: {(stratum, measure): (seeds, 1 + learning rates)}}: means over items, the base's first. Measures: acc
-    and nll of the right answer; of planted facts also followed and planted_nll; of "held out" ones `lost`, the fall of
-    acc since the base, what was gained counted against it."""
+    and nll of the right answer; of planted facts also followed and planted_nll; of both "held out" strata together
+    `lost`, the fall of acc since the base, what was gained counted against it."""
     means = {}
     for m in results["models"]:
         values = {}
@@ -370,7 +371,8 @@ def findings(results):
         return number(mean * scale, digits, sign) + brackets
 
     def table(title, positions):
-        """Each objective read off at its position on its curves, the same for every seed, and minus the first one."""
+        """Each objective read off at its position on its curves, the same for every seed, and minus the first one. The
+        intervals are for that position: how uncertain it is itself, they do not say."""
         lines.extend(["", title])
         shares = [*((g, "acc") for g in STRATA[:4]), FOLLOWED, *((g, "acc") for g in STRATA[4:])]
         for keys, scale, digits, width, what in (
@@ -419,15 +421,15 @@ def findings(results):
                       f"lines; {first} reaches {number(reach[first] * scale, digits)}{unit}",
                       f"{'':{wide}s}    compared  reaches{'wrong labels followed':>36s}{'held-out accuracy lost':>36s}"]
         for name in names[1:]:
-            start = c[name][key][:, 0].mean()
-            end = start + 0.9 * sign * (min(sign * reach[name], sign * reach[first]) - sign * start)
+            x, other = sign * c[name][key], sign * c[first][key]           # (seeds, 1 + rates) the higher the better
+            start, tops = sign * x[:, 0].mean(), np.minimum(x.max(1), other.max(1))
+            end = start + 0.9 * sign * (tops - x[:, 0]).mean()            # as frontier_gap has it, in the mean
             compared = f"{number(start * scale, digits)}-{number(end * scale, digits)}{unit}"
             lines.append(f"{name.ljust(wide)}{compared:>12s}{number(reach[name] * scale, digits) + unit:>9s}")
             for y in (FOLLOWED, LOST):
-                gaps = [frontier_gap(*curve) for curve in zip(
-                    sign * c[name][key], c[name][y], sign * c[first][key], c[first][y])]
-                if key == NOVEL:
-                    differences["frontier", name, y] = gaps
+                gaps = [frontier_gap(*curve) for curve in zip(x, c[name][y], other, c[first][y])]
+                if (key, y) == (NOVEL, FOLLOWED):
+                    differences[name] = gaps
                 average, low, high = seed_interval(gaps)
                 verdict = "no gap" if math.isnan(average) else "cannot tell" if seeds < 3 or low <= 0 <= high else \
                     "yes, better" if high < 0 else "yes, worse"
@@ -448,7 +450,7 @@ def findings(results):
         found = []
         for name in (name for name in objectives if name in names):
             over_rates = (c[name][key] - c[first][key])[:, 1:].mean(1)
-            values = over_rates if where == "rates" else differences["frontier", name, key]
+            values = over_rates if where == "rates" else differences[name]
             average, low, high = seed_interval(values)
             held, failed = (high < 0, low > 0) if where != "near" else (
                 -0.05 < low and high < 0.05, low > 0.05 or high < -0.05)
@@ -592,8 +594,9 @@ def draw_frontier(plt, results):
         ax.set(xlabel="novel facts right, % (chance 25)", ylabel=label)
         ax.grid(alpha=0.3)
     lines = [", ".join(rates[i:i + 3]) for i in range(0, len(rates), 3)]
-    axes[0].legend(title="learning rates\n" + ",\n".join(lines))
-    figure.suptitle(f"Further right is better, lower is better; means over {len(seeds)} seed(s), small marks are seeds")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False,
+                  title="From the base through\nlearning rates\n" + ",\n".join(lines))
+    figure.suptitle(f"Further right and further down is better. Means over seeds ({len(seeds)}); small marks are seeds")
     return figure
 
 
@@ -605,9 +608,9 @@ def draw_gradient(plt, gradient):
                                 sharey=True)
     grid = np.linspace(0, 1, 200)
     for ax, name in zip(axes[0], names):
-        for quantile in (0.1, 0.5, 0.9) if name == "bft" else (0.5,) if name in THEORY else ():
+        for quantile, style in zip((0.5, 0.1, 0.9)[:(3 if name == "bft" else 1) * (name in THEORY)], ("--", "-", ":")):
             level = np.quantile(C, quantile)
-            ax.plot(grid, THEORY[name](grid, level), color="black", linewidth=1,
+            ax.plot(grid, THEORY[name](grid, level), color="black", linewidth=1.2, linestyle=style, zorder=4,
                     label=f"theory, C = {level:.2f}" if name == "bft" else "theory")
         dots = ax.scatter(p, g[name], s=3, c=C, cmap="viridis", vmin=0, vmax=1, linewidth=0, zorder=3, rasterized=True)
         ax.set(title=name, xlabel="p of the token")
@@ -627,11 +630,11 @@ def draw_curves(plt, runs):
     for ax, key, label in zip(axes.flat, ("nll", "confidence", "min_group_confidence", "grad_norm"), (
             "NLL, nats per response token", "mean confidence (p)", "mean minimum group confidence (C)",
             "gradient norm, before clipping")):
-        for name, lines in runs.items():
+        for number, (name, lines) in enumerate(runs.items()):             # (every other one dashed: they may coincide)
             x, y = np.array([(line["step"], line[key]) for line in lines if "loss" in line]).T
             shown, many = os.path.relpath(name, common) if common else name, len(x) > 100
             line, = ax.plot(x, y, linewidth=0.8, alpha=0.35 if many else 1, label=None if many else shown,
-                            color=LOOK[Path(name).name][0] if own else None)
+                            color=LOOK[Path(name).name][0] if own else None, linestyle="-" if number % 2 == 0 else "--")
             if many:                                                      # and the running mean
                 width = len(x) // 50
                 ax.plot(x[width - 1:], np.convolve(y, np.full(width, 1 / width), "valid"), color=line.get_color(),
@@ -644,6 +647,7 @@ def draw_curves(plt, runs):
     for ax in axes[1]:
         ax.set_xlabel("step")
     axes[0, 0].legend(fontsize="small")
+    figure.suptitle(common)
     return figure
 
 

@@ -511,12 +511,12 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
 
     multi_window = np.mean([x.response.sum() > s.group_size for x in samples])
     ranks.progress(f"{out}: {objective} from step {start} to {total}, {len(samples)} samples, batch {s.batch_size}, "
-                f"{sum(p.numel() for p in trained.values()) / 1e6:.1f}M of "
-                f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {ranks.world} x {device}, "
-                f"{str(dtype).removeprefix('torch.')}")
+                   f"{sum(p.numel() for p in trained.values()) / 1e6:.1f}M of "
+                   f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {ranks.world} x {device}, "
+                   f"{str(dtype).removeprefix('torch.')}")
     if bft.OBJECTIVES[objective].sample_weight is not bft.every_sample_1 and multi_window < 0.1:
         ranks.once(f"warning: only {multi_window:.0%} of the samples have more than --group-size {s.group_size} "
-                    "response tokens; for the others the one group is the whole sample")
+                   "response tokens; for the others the one group is the whole sample")
     peak = next((v for k, v in PEAK_FLOPS.items() if k in config["device"]), None) if dtype == torch.bfloat16 else None
 
     zeros = 0                                                             # steps in a row without a loss or gradient
@@ -532,7 +532,7 @@ def train(s, objective, out, config, make_model, samples, val, extras, ranks):
         lines = []
         for (step, epoch, lr, batch, grad_norm, _), (loss, statistics) in zip(pending, whole):
             n, grad_norm = np.array([x.response.sum() for x in batch]), grad_norm.item()   # (B,) n_b
-            nll, p, w, sample_weight, C = statistics.T                  # (B,) each
+            nll, p, w, sample_weight, C = statistics.T                    # (B,) each
             if not math.isfinite(loss) or not math.isfinite(grad_norm):   # the same on every rank
                 log(*lines)
                 bad = [x.line for x, value in zip(batch, nll) if not math.isfinite(value)] or [x.line for x in batch]
@@ -625,9 +625,9 @@ SEEDS, LRS = (0, 1, 2), (2e-4, 1e-3, 2e-3, 4e-3)
 BASE = {"init": "scratch", "objective": ("sft",), "epochs": 6, "batch_size": 48, "lr": 5e-3, "weight_decay": 0.01,
         "log_every": 200}
 # Responses have about 45 tokens, so the paper's groups of 256 would all be whole samples: 16 gives each some thirty.
-# A model this small is faster in float32 than under bfloat16 autocast.
+# A model this small is faster in float32 than under bfloat16 autocast, and not worth compiling many times.
 TUNE = {"out": "runs/demo", "objective": ("sft", "sft-sample", "bft-token", "bft", "bft-v3"), "group_size": 16,
-        "epochs": 3, "dtype": "float32", "n_layer": 2, "n_head": 4, "n_embd": 96}
+        "epochs": 3, "dtype": "float32", "compile": False, "n_layer": 2, "n_head": 4, "n_embd": 96}
 
 
 def plant(rows, items, seed):
@@ -663,11 +663,11 @@ def plant(rows, items, seed):
 
 def demo(s, seeds, lrs, ranks):
     """python train.py: for each seed a base; from it each objective at each learning rate, on the same samples in the
-    same order; choice items by stratum; then eval.report, in s.out too, and its pictures."""
+    same order; choice items by stratum; then eval.findings, in s.out too, and the pictures."""
     began, assets, dtype = time.perf_counter(), HERE / "assets", compute_dtype(s.dtype, ranks.device)
     tokenizer, out = load_tokenizer(assets), Path(s.out)
     files = {"data": [assets / "pretrain.jsonl"], "tokenizer": [assets / "tokenizer.json"]}
-    tuned = {"data": [assets / "finetune.jsonl"], "choice": [assets / "choice.jsonl"], "tokenizer": files["tokenizer"]}
+    inputs = {"data": [assets / "finetune.jsonl"], "choice": [assets / "choice.jsonl"], "tokenizer": files["tokenizer"]}
     shared = ("dtype", "device", "compile", "recompute", "micro_tokens", "n_layer", "n_head", "n_embd")
     extras, code = model_files(tokenizer, [tokenizer.eos_id], {}), ("bft", "model", "data", "train")
     texts, _ = load_samples(assets / "pretrain.jsonl", tokenizer)
@@ -692,7 +692,7 @@ def demo(s, seeds, lrs, ranks):
             mine = replace(s, seed=seed, lr=lr, init=str(base))           # on record: another base is another run
             for objective in s.objective:
                 directory = out / f"seed-{seed}" / f"lr-{lr}" / objective
-                runs.append((mine, objective, directory, describe(mine, objective, tuned, samples, ranks.device)))
+                runs.append((mine, objective, directory, describe(mine, objective, inputs, samples, ranks.device)))
                 same_run(directory, runs[-1][3], s.resume)
         jobs.append((b, base, config, samples, items, runs))
     ranks.print(f"{len(jobs)} base(s), each fine-tuned {len(s.objective)} x {len(lrs)} times. Predictions, from the "
@@ -721,12 +721,12 @@ def demo(s, seeds, lrs, ranks):
             gradient = gradient_items(model, samples[::3], names, s.group_size, dtype)
         for mine, objective, directory, config in runs:
             ranks.quiet = True
-            model = train(mine, objective, directory, config, functools.partial(load_weights, base), samples, [],
+            tuned = train(mine, objective, directory, config, functools.partial(load_weights, base), samples, [],
                           extras, ranks)
             ranks.quiet = False
             if ranks.rank == 0:                                           # it is finished; so many would fill a disk
                 shutil.rmtree(directory / "checkpoint", ignore_errors=True)
-            measure(model, items, objective, b.seed, mine.lr)
+            measure(tuned, items, objective, b.seed, mine.lr)
     if ranks.rank == 0:
         results = {"objectives": s.objective, "seeds": seeds, "lrs": lrs, "models": models, "gradient": gradient}
         write_whole(out / "results.json", [json.dumps(results).encode()])

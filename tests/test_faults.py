@@ -21,6 +21,11 @@ from data import run
 from model import replacing
 
 
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:                        # of a job in the background: what is started
+        signal.signal(number, handler)                                    # here would ignore it too
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """Where the unbroken runs are kept that the broken ones are compared with."""
