@@ -1,5 +1,6 @@
 """The benchmarks run and print what they promise; what they measure is no test."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,34 @@ def test_each_prints_its_table(script, rows):
     assert "torch" in heading and lines[0].startswith("$ python") and script in lines[0]
     found = [line.split("  ")[0] for line in done.stdout.split("Growth")[0].splitlines()]
     assert [name for name in found if name in rows] == rows and "time ratio" in done.stdout
+
+
+THEIRS = '''
+import not_installed
+
+
+def bft_loss_func(outputs, labels, num_items_in_batch=None):
+    total, g = 0.0, int(__import__("os").environ["BFT_GROUP_SIZE"])
+    for logits, row in zip(outputs["logits"], labels):
+        logp = [logits[t - 1].log_softmax(-1)[row[t]] for t in range(1, len(row)) if row[t] != -100]
+        n = min(g, len(logp))
+        means = [sum(logp[i:i + n]) / n for i in range(len(logp) - n + 1)] if logp else []
+        C = min(means).exp().detach() if logp else 0
+        total = total + (1 - C) * -sum(x.exp().detach() * x for x in logp) / max(1, len(logp))
+    return total / len(labels)
+
+
+def dft_loss_func(outputs, labels, num_items_in_batch=None):
+    logp = outputs["logits"][:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None].clamp(min=0))[..., 0][labels[:, 1:] != -100]
+    return -FACTOR * (logp.exp().detach() * logp).mean()
+'''
+
+
+@pytest.mark.parametrize("factor, apart", [("1", "e-0"), ("1.01", "1.0e-02")])
+def test_the_authors_losses_are_compared_with_ours(factor, apart, tmp_path):
+    (tmp_path / "theirs.py").write_text(THEIRS.replace("FACTOR", factor))
+    done = subprocess.run([sys.executable, BENCH / "authors.py", tmp_path / "theirs.py", "--batches", "3"], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    ours, dft, empty = done.stdout.splitlines()
+    assert max(float(v) for v in re.findall(r"[\d.]+e-\d+", ours)) < 1e-5 and "0.800 of ours" in empty
+    assert apart in dft and dft.count(apart) == 2
