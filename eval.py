@@ -545,17 +545,21 @@ def read_metrics(path, last=math.inf):
 
 def plot(paths, out):
     """Draws what directories hold, into files beside `out`; returns their paths. A directory of the default job gives
-    its frontiers and gradients, runs give their training curves, all on the same axes. Raises UserError."""
+    its frontiers and gradients, runs (or a directory of runs) give their training curves, all on the same axes. Raises
+    UserError."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except Exception as e:                                                # not there, or not fit for this numpy
         raise UserError(f'pictures need matplotlib ({e}): pip install -e ".[plot]"') from None
-    out, runs, drawn, files = Path(out), {}, [], []
-    jobs = [path for path in map(Path, paths) if not (path / "metrics.jsonl").is_file()]
+    out, runs, drawn, files, found = Path(out), {}, [], [], []
+    for path in map(Path, paths):
+        whole = any((path / name).is_file() for name in ("metrics.jsonl", "results.json"))
+        found += [path] if whole else sorted(p.parent for p in path.glob("*/metrics.jsonl")) or [path]
+    jobs = [path for path in found if not (path / "metrics.jsonl").is_file()]
     try:
-        for path in map(Path, paths):
+        for path in found:
             if path not in jobs:
                 runs[os.path.relpath(path)] = read_metrics(path / "metrics.jsonl")
                 continue

@@ -371,6 +371,11 @@ def test_pictures_show_what_was_measured(tmp_path, monkeypatch, capsys):
     for name in ("look-frontier.png", "look-gradient.png", "look-curves.png"):
         assert name in said.out and (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"look-frontier.png", "look-gradient.png", "look-curves.png"}
+    (tmp_path / "x" / "dft").mkdir()
+    (tmp_path / "x" / "dft" / "metrics.jsonl").write_bytes((tmp_path / "x" / "sft" / "metrics.jsonl").read_bytes())
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_curves", lambda plt, runs, draw=evaluation.draw_curves: drawn.append(list(runs)) or draw(plt, runs))
+    assert command("x", "y", "--tasks", "plot")[0] == 0 and drawn == [["x/dft", "x/sft", "y/bft"]]   # what several objectives left
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text(json.dumps(results))
     code, said = command("job", "../" + tmp_path.name + "/other", "--tasks", "plot", "--out", "two")
