@@ -84,8 +84,11 @@ def test_the_default_job_end_to_end(tmp_path, monkeypatch, capsys):
     assert len(set(tokens[:4])) == len(set(tokens[4:])) == 1 and tokens[0] != tokens[4]
     assert (tmp_path / "a" / "demo-frontier.png").exists() == ("matplotlib" in sys.modules)
     capsys.readouterr()
-    assert call(monkeypatch, *small, "--out", "a") == 0                   # and again: nothing is trained
-    assert table in capsys.readouterr().out and (tmp_path / "a" / "table.txt").read_text() == table
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert call(monkeypatch, *small, "--out", "a") == 0                   # and again: nothing is trained, nor drawn
+    printed = capsys.readouterr().out
+    assert table in printed and (tmp_path / "a" / "table.txt").read_text() == table
+    assert 'No pictures: pictures need matplotlib' in printed and 'pip install -e ".[plot]"' in printed and "Tables and" in printed
 
 
 def test_what_the_default_job_goes_over():
