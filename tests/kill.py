@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/kill.py 20 [--seed 0]
 
-A run is one process, one process with adapters, or three ranks under torchrun, in turn. SIGKILL comes when its log has
+A run is one process from random weights, one with adapters, or three ranks under torchrun from trained ones, in turn. SIGKILL comes when its log has
 reached a random step, or while it writes a checkpoint, to all of its processes or to one of its ranks. The same command
 must then go on from a checkpoint, and end with the bits of a run that was never stopped: log, weights, optimizer.
 """
@@ -64,12 +64,12 @@ def command(kind, directory):
     lines = (ASSETS / "finetune.jsonl").read_text().splitlines(keepends=True)[::16]
     (directory / "data.jsonl").write_text("".join(lines))
     base = directory / "base"
-    if kind == "adapters" and not base.exists():
+    if kind != "one process" and not base.exists():
         tiny(vocab_size=load_tokenizer(ASSETS).n_vocab, max_position_embeddings=512).save_pretrained(base)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (base / name).write_bytes((ASSETS / name).read_bytes())
-    init = ["--init", base, "--lora-rank", 2] if kind == "adapters" else \
-        ["--init", "scratch", "--tokenizer", ASSETS, "--n-layer", 2, "--n-head", 2, "--n-embd", 32]
+    init = ["--init", "scratch", "--tokenizer", ASSETS, "--n-layer", 2, "--n-head", 2, "--n-embd", 32] \
+        if kind == "one process" else ["--init", base, *["--lora-rank", 2][:2 * (kind == "adapters")]]
     return [*init, "--data", directory / "data.jsonl", "--val-data", directory / "data.jsonl", "--dtype", "float32", "--lr", 1e-3,
             "--group-size", 16, "--batch-size", 8, "--micro-tokens", 300, "--steps", STEPS, "--save-every", 3, "--eval-every", 3]
 
