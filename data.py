@@ -499,6 +499,26 @@ def load_choice(path):
     return items
 
 
+KINDS = {"text": ("some text", lambda v: isinstance(v, str) and v.strip() != ""),
+         "texts": ("a list of texts", lambda v: isinstance(v, list) and v and all(map(KINDS["text"][1], v))),
+         "label": ("0 or 1", lambda v: v in (0, 1)),
+         "numbers": ("a list of numbers, as many on each line", lambda v: isinstance(v, list) and v and all(
+             type(x) in (int, float) and abs(x) < 1e30 for x in v))}
+
+
+def load_items(path, **keys):
+    """Lines that have these keys, {key: its kind}, further ones allowed: a list of them, each with its "line" and
+    "group". Raises UserError."""
+    items = []
+    for line, row in read_jsonl(path):
+        for key, kind in keys.items():
+            expected, fits = KINDS[kind]
+            if not fits(row.get(key)) or kind == "numbers" and items and len(row[key]) != len(items[0][key]):
+                raise UserError(f"{path}:{line}: {key!r} is {str(row.get(key, 'missing'))[:50]}; expected {expected}")
+        items.append({**row, "line": line, "group": None if row.get("group") is None else str(row["group"])})
+    return items
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Order and packing
 

@@ -4,26 +4,35 @@
     python eval.py RUN_OR_MODEL [...] --prompt "What causes gout?"
     python eval.py RUN [...] --tasks plot --out look
 
-A model is a run of `train.py`, a Hugging Face directory or repository id. Each task reads the --data file of its place:
+A model is a run of `train.py`, a Hugging Face directory or repository id; a pattern in quotes ('runs/bft-s*') is one
+column of several seeds. `torchrun --nproc_per_node=8 eval.py ...` shares the work. Each task reads the --data file of
+its place:
 
     nll       samples (any shape of data.py): NLL and perplexity per response token, minimum group confidence
-    choice    {"question", "choices", "answer", "context"?}: multiple choice by log-likelihood; acc, acc_norm (by
-              characters) and acc_bytes as lm-evaluation-harness defines them
+    choice    {"question", "choices", "answer", "context"?, "subject"?}: multiple choice by log-likelihood, asked as
+              --layout says; acc, acc_norm (by characters) and acc_bytes as lm-evaluation-harness defines them
+    process   {"genes": [...], "process"}: the model names the process behind a set of genes; ROUGE, and similarity to
+              the true name by --encoder, as GeneAgent's evaluation has them
+    profile   {"gene", ...}: the model describes each gene; how well embeddings of the descriptions (--encoder) predict
+              the properties in --labels files of {"gene", "label"}: ROC-AUC of logistic regression
     inspect   samples: a page of HTML beside --out with some samples' tokens coloured by p, c, and each loss's weights
     plot      no file and no other task: pictures beside --out: the training curves of runs on shared axes, and for a
               directory of `python train.py` its frontiers and its gradients
 
-Models are columns; where lines carry a `group`, each group is a row. Differences are to the first model, over the same
-items, with a paired bootstrap 95% interval.
+Models are columns; where lines carry a `group`, each group is a row. Differences are those of each pair of columns,
+over the same items, with a paired bootstrap 95% interval, and over seeds where there are several.
 """
 
 import contextlib
+import glob
 import html
 import itertools
 import json
 import math
 import os
 import re
+import string
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +42,12 @@ import torch.nn.functional as F
 
 import bft
 from data import (
-    CHAT_FORMATS, CHAT_TOKENS, Parser, Sample, UserError, collate, compare_template, deal, encode_turns, find_format,
-    load_choice, load_samples, load_tokenizer, run
+    CHAT_FORMATS, CHAT_TOKENS, Parser, UserError, collate, compare_template, deal, encode_turns, find_format,
+    load_choice, load_items, load_samples, load_tokenizer, run
 )
-from model import GPT, autocast, compute_dtype, find_directory, read_config, replacing, weight_files, write_whole
+from model import (
+    GPT, Packing, autocast, compute_dtype, find_directory, read_config, replacing, weight_files, write_whole
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,13 +58,11 @@ from model import GPT, autocast, compute_dtype, find_directory, read_config, rep
 def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256, stopped=lambda: False):
     """Log-likelihood of each sample's response tokens: (S, 3) float64: sum of log p, number of tokens, C_b.
 
-    Micro-batches are formed first and dealt to the ranks then, so the figures do not depend on how many there are. Once
-    stopped() says True the rest is left undone, and what is returned is of no use.
+    Once stopped() says True the rest is left undone, and what is returned is of no use.
     """
     device = next(model.parameters()).device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     table = torch.zeros(len(samples), 3, dtype=torch.float64, device=device)
-    for micro in deal([len(s.ids) for s in samples], 1, micro_tokens)[0][rank::world]:
+    for micro in share([len(s.ids) for s in samples], micro_tokens):
         if stopped():
             break
         batch = collate([samples[i] for i in micro]).to(device)
@@ -61,7 +70,45 @@ def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256
             logp = model(batch.input_ids, batch.lengths, batch.at, batch.targets)   # (N,)
         table[micro] = torch.stack((segment_sum(logp, batch.offsets), batch.offsets.diff().to(device).double(),
                                     bft.group_confidence(logp, batch.offsets, group_size)), 1)
-    if world > 1:
+    return together(table)
+
+
+@torch.no_grad()
+def loglikelihood(model, requests, dtype=torch.float32, micro_tokens=8192):
+    """Sum of log p of the continuation of each request, (context ids, continuation ids): (R,) float64.
+
+    As in lm-evaluation-harness the last id is not read, an input longer than the positions loses its beginning, and
+    requests that read the same (the letters of one question) share a row.
+    """
+    device, rows = next(model.parameters()).device, {}
+    for r, (context, continuation) in enumerate(requests):
+        rows.setdefault(tuple((context + continuation[:-1])[-model.config.max_positions:]), []).append(r)
+    inputs, table = list(rows), torch.zeros(len(requests), dtype=torch.float64, device=device)
+    for micro in share([len(ids) for ids in inputs], micro_tokens):
+        ids = torch.tensor([i for m in micro for i in inputs[m]], device=device)               # (T,)
+        lengths, which, at, targets = [len(inputs[m]) for m in micro], [], [], []
+        for m, end in zip(micro, itertools.accumulate(lengths)):
+            for r in rows[inputs[m]]:
+                which.append(r)
+                at += range(end - len(requests[r][1]), end)
+                targets += requests[r][1]
+        offsets = torch.tensor([0, *itertools.accumulate(len(requests[r][1]) for r in which)])
+        with autocast(device, dtype):
+            logp = model(ids, lengths, torch.tensor(at, device=device), torch.tensor(targets, device=device))   # (N,)
+        table[which] = segment_sum(logp, offsets)
+    return together(table)
+
+
+def share(lengths, micro_tokens=8192):
+    """This rank's micro-batches of rows with these lengths: lists of indices. Micro-batches are formed first and dealt
+    to the ranks then, so that no figure depends on how many ranks there are."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return deal(lengths, 1, micro_tokens)[0][rank::world]
+
+
+def together(table):
+    """What the ranks have put into their tables of zeros, as numpy. Raises UserError for a NaN."""
+    if dist.is_initialized():
         dist.all_reduce(table)
     refuse_nan(table)
     return table.cpu().numpy()
@@ -85,32 +132,62 @@ def nll_items(model, samples, dtype=torch.float32, group_size=256):
             for s, row in zip(samples, score(model, samples, dtype, group_size=group_size).tolist())]
 
 
-def choice_items(model, tokenizer, items, dtype=torch.float32):
+def options(item):
+    return "".join(f"{letter}. {choice}\n" for letter, choice in zip(string.ascii_uppercase, item["choices"]))
+
+
+# How a question is asked: (system prompt, prompt, whether letters stand for the choices). The four with names of data
+# sets are those of lm-evaluation-harness's tasks pubmedqa, medqa_4options, medmcqa and mmlu_*, without examples.
+LAYOUTS = {
+    "cloze": lambda x: ("", (x["context"] + "\n" if x.get("context") else "") + x["question"] + "\nAnswer:", False),
+    "pubmedqa": lambda x: ("", f"Abstract: {x['context']}\nQuestion: {x['question']}\nAnswer:", False),
+    "medqa": lambda x: ("", f"Question: {x['question']}\n{options(x)}Answer:", True),
+    "medmcqa": lambda x: ("", f"Question: {x['question']}\nChoices:\n{options(x)}Answer:", True),
+    "mmlu": lambda x: ("The following are multiple choice questions (with answers) about "
+                       f"{x['subject'].replace('_', ' ')}.\n\n", f"{x['question'].strip()}\n{options(x)}Answer:", True),
+}
+
+
+def choice_items(model, tokenizer, items, dtype=torch.float32, layout="cloze", chat_format=None):
     """The `choice` task: for each item the log-likelihood of every choice, and which is picked by which measure.
 
-    As in lm-evaluation-harness: a choice is the continuation " " + choice of the prompt, its tokens those that the
-    whole text has beyond the prompt's; acc picks the highest log-likelihood, acc_norm the highest per character of the
-    choice, acc_bytes per byte. `nll` is that of the right answer per token. An item's `planted` is the index of a
-    wrong answer that training asserted: `followed` says whether acc's pick is that one, `planted_nll` is its NLL.
+    As in lm-evaluation-harness: what is scored is a choice, or its letter, as the continuation of the prompt, after a
+    space and with the tokens that the whole text has beyond the prompt's; with a chat_format the prompt is a user's
+    turn, the choice begins the answer, and the white space before it is scored too. acc picks the highest
+    log-likelihood, acc_norm the highest per character of what is scored, acc_bytes per byte. `nll` is that of the right
+    answer per token, `cut` the tokens that a prompt lost at its beginning, being longer than the positions. An item's
+    `planted` is the index of a wrong answer that training asserted: `followed` says whether acc's pick is that one,
+    `planted_nll` is its NLL. Raises UserError.
     """
-    requests = []
+    requests, scored = [], []
+    begin = [tokenizer.special[t] for t in CHAT_TOKENS["llama3"][:1] if t in tokenizer.special]   # before any text
     for item in items:
-        prompt = (item["context"] + "\n" if item.get("context") else "") + item["question"] + "\nAnswer:"
-        start = len(tokenizer.encode(prompt))
-        for choice in item["choices"]:
-            ids = np.array(tokenizer.encode(prompt + " " + choice), dtype=np.int64)
-            requests.append(Sample(ids, np.arange(len(ids)) >= start, None, item["line"]))
-            if len(ids) > model.config.max_positions:
-                raise UserError(f"the choice item on line {item['line']} has {len(ids)} tokens; the model's positions "
-                                f"end at {model.config.max_positions}")
-    scores, records, first = score(model, requests, dtype), [], 0
-    for item in items:
-        choices, answer = item["choices"], item["answer"]
-        loglik, tokens, _ = scores[first:first + len(choices)].T
+        system, prompt, letters = LAYOUTS[layout](item)
+        scored.append(string.ascii_uppercase[:len(item["choices"])] if letters else item["choices"])
+        if chat_format:
+            turns = [("system", system)] * bool(system) + [("user", prompt), ("assistant", None)]
+            context = encode_turns(turns, tokenizer, chat_format)[0]
+            end = next(i for i in range(len(context), 0, -1) if tokenizer.decode(context[i - 1:]).strip())
+            context, white = context[:end], context[end:]
+            ends = [white + tokenizer.encode(choice) for choice in scored[-1]]
+        else:
+            context, white = begin + tokenizer.encode(system + prompt), []
+            ends = [(begin + tokenizer.encode(f"{system}{prompt} {choice}"))[len(context):] for choice in scored[-1]]
+        for choice, ids in zip(scored[-1], ends):
+            if not len(white) < len(ids) <= model.config.max_positions:
+                raise UserError(f"the choice {choice[:50]!r} of the item on line {item['line']} has "
+                                f"{len(ids) - len(white)} tokens; expected 1 to {model.config.max_positions}, the "
+                                "positions of the model")
+            requests.append((context, ids))
+    scores, records, first = loglikelihood(model, requests, dtype), [], 0
+    for item, choices in zip(items, scored):
+        answer, part = item["answer"], slice(first, first + len(choices))
+        loglik, tokens = scores[part], [len(ids) for _, ids in requests[part]]
         first += len(choices)
         picks = {"acc": loglik.argmax(), "acc_norm": (loglik / [len(c) for c in choices]).argmax(),
                  "acc_bytes": (loglik / [len(c.encode(errors="replace")) for c in choices]).argmax()}
-        record = {"line": item["line"], "group": item["group"], "loglik": loglik.tolist(),
+        over = max(len(context) + len(ids) for context, ids in requests[part]) - 1 - model.config.max_positions
+        record = {"line": item["line"], "group": item["group"], "loglik": loglik.tolist(), "cut": max(0, over),
                   "nll": -loglik[answer] / tokens[answer]}
         record |= {measure: int(pick == answer) for measure, pick in picks.items()}
         if "planted" in item:
@@ -118,6 +195,227 @@ def choice_items(model, tokenizer, items, dtype=torch.float32):
             record |= {"followed": int(picks["acc"] == wrong), "planted_nll": -loglik[wrong] / tokens[wrong]}
         records.append(record)
     return records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What models write, and what it is worth
+
+# What a line of the task's file is asked, unless --template says otherwise; {key} is the line's, a list with commas.
+TEMPLATES = {
+    "process": "Here is a set of human genes: {genes}. Name the most prominent biological process that they perform "
+               "together. Answer with one line, the name alone, as in\nProcess: <name>",
+    "profile": "Describe the human gene {gene}: what kind of protein it encodes, the molecular function of this "
+               "protein, the processes it takes part in, and where in the cell it is found.",
+}
+NEW_TOKENS = {"prompt": 256, "process": 48, "profile": 192}
+
+
+def fill(template, item):
+    """The template with the item's texts in it. Raises UserError."""
+    texts = {k: v for k, v in item.items() if isinstance(v, str)}
+    lists = {k: ", ".join(v) for k, v in item.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}
+    try:
+        return template.format_map(texts | lists)
+    except (KeyError, ValueError, IndexError, AttributeError) as e:
+        raise UserError(f"--template {template!r} cannot be filled from line {item['line']} ({e!r}); expected keys of "
+                        "the line in braces, such as {gene}") from None
+
+
+def write_texts(model, tokenizer, prompts, chat_format, stop, new_tokens, temperature=0.0, seed=0, dtype=torch.float32):
+    """The model's answer to each prompt, {line in its file: text}, a user's turn: a list of texts. Raises UserError."""
+    ids = [encode_turns([("user", text), ("assistant", None)], tokenizer, chat_format)[0] for text in prompts.values()]
+    for line, row in zip(prompts, ids):
+        if len(row) + new_tokens > model.config.max_positions:
+            raise UserError(f"the prompt of line {line} has {len(row)} tokens; expected, with {new_tokens} new ones, "
+                            f"at most the {model.config.max_positions} positions of the model")
+    device = next(model.parameters()).device
+    table = torch.zeros(len(prompts), new_tokens, dtype=torch.int64, device=device)   # each id plus 1
+    with autocast(device, dtype):
+        for micro in share([len(row) + new_tokens for row in ids]):       # a stream of random numbers for each
+            rows = [ids[i] for i in micro]
+            for i, new in zip(micro, model.generate(rows, new_tokens, temperature, stop, seed + micro[0])):
+                table[i, :len(new)] = new + 1
+    return [tokenizer.decode(row[row > 0] - 1) for row in together(table)]
+
+
+@torch.no_grad()
+def embed_self(model, tokenizer, texts, dtype=torch.float32):
+    """The mean of the last hidden states over each text's tokens: (S, d) float64; zeros where there is no text."""
+    device, c = next(model.parameters()).device, model.config
+    ids = [tokenizer.encode(text)[:c.max_positions] for text in texts]
+    table = torch.zeros(len(texts), c.n_embd, dtype=torch.float64, device=device)
+    some = [i for i, row in enumerate(ids) if row]
+    for micro in share([len(ids[i]) for i in some]):
+        if micro:
+            rows = [ids[some[m]] for m in micro]
+            lengths = torch.tensor([len(row) for row in rows], device=device)
+            with autocast(device, dtype):
+                x = model.trunk(torch.tensor(sum(rows, []), device=device), Packing(lengths.tolist(), device))
+            sample = torch.arange(len(rows), device=device).repeat_interleave(lengths)
+            sums = table.new_zeros(len(rows), c.n_embd).index_add(0, sample, x.double())
+            table[[some[m] for m in micro]] = sums / lengths[:, None]
+    return together(table)
+
+
+def load_encoder(name, device):
+    """texts -> (S, d) numpy, by a sentence-transformers directory or repository id. Raises UserError."""
+    try:
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as e:
+        raise UserError(f'--encoder {name} needs sentence-transformers ({e}): pip install -e ".[eval]"') from None
+    disable_progress_bar()
+    try:
+        model = SentenceTransformer(str(name), device=str(device), trust_remote_code=False)
+    except Exception as e:                                                # of many libraries
+        raise UserError(f"--encoder {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}; expected a "
+                        "sentence-transformers directory or repository id, or 'self'") from None
+    return lambda texts: np.asarray(model.encode(texts, show_progress_bar=False), dtype=np.float64)
+
+
+def process_name(text):
+    """What a model names, as GeneAgent's evaluation reads it: the first line that is not blank, after "Process:" if it
+    says so, without what stands in parentheses, quotes, commas, slashes and hyphens."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    line = re.sub(r"\([^)]*\)", "", re.sub(r"^\W*process( name)?\W*:", "", line, flags=re.IGNORECASE))
+    return plain_name(line)
+
+
+def plain_name(name):
+    """A name as GeneAgent's evaluation compares it."""
+    return " ".join(re.sub(r'[/,"*-]', " ", name).split()).rstrip(".")
+
+
+def rouge_items(items, texts):
+    """The `process` task: for each item what was named, and ROUGE-1, -2, -L (F1, with stemmer) against the truth."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as e:
+        raise UserError(f'the process task needs rouge-score ({e}): pip install -e ".[eval]"') from None
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    return [{"line": x["line"], "group": x["group"], "process": x["process"], "text": text, "name": process_name(text),
+             **{k: v.fmeasure for k, v in scorer.score(plain_name(x["process"]), process_name(text)).items()}}
+            for x, text in zip(items, texts)]
+
+
+def candidates(items, further):
+    """The names that the true one is compared with, each once."""
+    return sorted({plain_name(name) for name in [*further, *(x["process"] for x in items)]})
+
+
+def process_items(items, further, written, encoders):
+    """The `process` task: {model: items} of written {model: (texts, own embeddings or False)}: what was named, ROUGE,
+    and by each of encoders {name: its function, None for "self"} the cosine with the true name, and its percentile."""
+    names, results = candidates(items, further), {}
+    truth = [names.index(plain_name(x["process"])) for x in items]
+    fixed = {name: encode(names) for name, encode in encoders.items() if encode}
+    for path, (texts, own) in written.items():
+        results[path] = rouge_items(items, texts)
+        for name, encode in encoders.items():
+            vectors = (encode([x["name"] for x in results[path]]), fixed[name]) if encode else own
+            for x, cosine, percentile in zip(results[path], *similarities(*vectors, truth)):
+                x |= {f"cosine {name}": float(cosine), f"percentile {name}": float(percentile)}
+    return results
+
+
+def similarities(named, candidates, truth):
+    """(cosine of each name with the true one (S,), its percentile (S,): the share of the *other* candidates that are
+    less similar to the name, equal ones by half). named (S, d), candidates (C, d), truth (S,) indices of candidates."""
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (named, candidates)]
+    cosines = unit[0] @ unit[1].T                                         # (S, C)
+    true = cosines[np.arange(len(truth)), truth]
+    less = (cosines < true[:, None]).sum(1) + ((cosines == true[:, None]).sum(1) - 1) / 2
+    return true, less / max(1, len(candidates) - 1)
+
+
+def make_folds(genes, labels):
+    """5 stratified folds for each property, the same ones for everybody: {property: (indices of the genes that have a
+    label, their labels, their folds)} of labels {property: {gene: 0 or 1}}. Raises UserError."""
+    try:
+        from sklearn.model_selection import StratifiedKFold
+    except ImportError as e:
+        raise UserError(f'the profile task needs scikit-learn ({e}): pip install -e ".[eval]"') from None
+    folds = {}
+    for name, label in labels.items():
+        at = np.array([i for i, gene in enumerate(genes) if gene in label], dtype=int)
+        y, fold = np.array([label[genes[i]] for i in at], dtype=int), np.empty(len(at), dtype=int)
+        if min((y == 0).sum(), (y == 1).sum()) < 5:
+            raise UserError(f"{name}: of the {len(at)} genes with a label {(y == 1).sum()} have 1 and {(y == 0).sum()} "
+                            "have 0; expected at least 5 of each, for 5 folds")
+        for k, (_, test) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(y, y)):
+            fold[test] = k
+        folds[name] = at, y, fold
+    return folds
+
+
+def profile_features(genes, given, written, columns, encoders):
+    """{encoder: {column: [vectors (S, d), one of each seed]}} of the `profile` task, from written {model: (texts, own
+    embeddings or False)}. Controls: the bare names of the genes, random vectors, and given {file: {gene: vector}}."""
+    features, others = {}, {file: [np.array([of[gene] for gene in genes])] for file, of in given.items()}
+    for name, encode in encoders.items():
+        of = {path: (encode(texts),) if encode else own for path, (texts, own) in written.items()}
+        models = {column: [of[path][0] for path in paths] for column, paths in columns.items()}
+        noise = np.random.RandomState(0).normal(size=next(iter(models.values()))[0].shape)
+        controls = {"random vectors": [noise], **({"gene names": [encode(genes)]} if encode else {}), **others}
+        features[f"profile, {name}"] = controls | models
+        if not encode:                                                    # each model has its own
+            features[f"gene name, {name}"] = {c: [of[path][1] for path in paths] for c, paths in columns.items()}
+    return features
+
+
+def out_of_fold(vectors, labels, fold):
+    """Each gene's score by a logistic regression (standardised features, C = 1) on the other folds. vectors (S, d),
+    labels and fold (S,) -> (S,)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    scores = np.empty(len(labels))
+    for k in np.unique(fold):
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        scores[fold == k] = model.fit(vectors[fold != k], labels[fold != k]).decision_function(vectors[fold == k])
+    return scores
+
+
+def fold_auc(scores, labels, fold, counts=None):
+    """ROC-AUC in each fold, (F,); with counts (R, S), how often each item was drawn, in each fold of each resample: (F,
+    R), nan where a class was not drawn."""
+    areas = []
+    for k in np.unique(fold):
+        right, wrong = (np.flatnonzero((fold == k) & (labels == label)) for label in (1, 0))
+        a, b = scores[right][:, None], scores[wrong][None]
+        wins = (a > b) + 0.5 * (a == b)                                   # (P, N)
+        if counts is None:
+            areas.append(wins.mean())
+            continue
+        p, n = counts[:, right], counts[:, wrong]
+        with np.errstate(invalid="ignore"):
+            areas.append(((p @ wins) * n).sum(1) / (p.sum(1) * n.sum(1)))
+    return np.array(areas)
+
+
+def profile_rows(genes, folds, features):
+    """The `profile` task: (rows of the table as `summarise` makes them, every gene's out-of-fold scores) of the folds
+    of `make_folds` and of `profile_features`: ROC-AUC, mean and sd over the folds."""
+    rows, saved = [], []
+    for name, (at, y, fold) in folds.items():
+        known, scores = {}, {}
+        for heading, columns in features.items():
+            for matrix in (matrix for matrices in columns.values() for matrix in matrices):
+                if id(matrix) not in known:                               # (files are in the rows of every encoder)
+                    s = out_of_fold(matrix[at], y, fold)
+                    spread = [np.nanmean(fold_auc(s, y, fold, resample_counts(drawn, len(y))), axis=0)
+                              for drawn in resamples(len(y))]
+                    known[id(matrix)] = s, fold_auc(s, y, fold), np.concatenate(spread)
+            found = {column: [known[id(matrix)] for matrix in matrices] for column, matrices in columns.items()}
+            row = {"group": name, "measure": "auc", "heading": heading, "percent": False, "n": len(y), "positive": int(
+                y.sum()), **compare({c: [(areas.mean(), drawn) for _, areas, drawn in f] for c, f in found.items()})}
+            for column, cell in row["models"].items():
+                cell["sd"] = float(np.mean([areas.std(ddof=1) for _, areas, _ in found[column]]))
+            rows.append(row)
+            scores[heading] = {column: [s.tolist() for s, _, _ in f] for column, f in found.items()}
+        saved.append({"property": name, "genes": [genes[i] for i in at], "labels": y.tolist(), "fold": fold.tolist(),
+                      "scores": scores})
+    return rows, saved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,16 +477,28 @@ def inspect_page(results, group_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
-def bootstrap(values, weights=None, resamples=10_000, seed=0):
-    """sum(values) / sum(weights) over items drawn with replacement: (resamples,). The same seed and number of items
-    draw the same items, so the difference of two calls is paired. weights None: all 1, the mean."""
+RESAMPLES = 10_000
+
+
+def resamples(n, seed=0):
+    """Draws of n items with replacement, RESAMPLES in all: (some, n) indices at a time, for bounded memory. The same
+    seed and n give the same draws, so what is computed from them is paired."""
+    rng = np.random.RandomState(seed)
+    for i in range(0, RESAMPLES, 500):
+        yield rng.randint(n, size=(min(500, RESAMPLES - i), n))
+
+
+def resample_counts(drawn, n):
+    """How often each of n items is in each row of drawn: (R, n) float64."""
+    rows = np.arange(len(drawn))[:, None] * n
+    return np.bincount((drawn + rows).ravel(), minlength=len(drawn) * n).reshape(len(drawn), n).astype(np.float64)
+
+
+def bootstrap(values, weights=None, seed=0):
+    """sum(values) / sum(weights) of each resample of the items: (RESAMPLES,). weights None: all 1, the mean."""
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
-    rng, out = np.random.RandomState(seed), np.empty(resamples)
-    for i in range(0, resamples, 500):                                    # a few at a time: bounded memory
-        drawn = rng.randint(len(values), size=(min(500, resamples - i), len(values)))
-        out[i:i + 500] = values[drawn].sum(1) / weights[drawn].sum(1)
-    return out
+    return np.concatenate([values[drawn].sum(1) / weights[drawn].sum(1) for drawn in resamples(len(values), seed)])
 
 
 def interval(resampled):
@@ -202,71 +512,124 @@ def wilson(p, n, z=1.959964):
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-# What a row of a table shows: task, measure, heading, weights, percent?
-MEASURES = [
-    ("nll", "nll", "NLL per response token", "tokens", False),
-    ("nll", "perplexity", "perplexity", "tokens", False),                 # exp of the row above
-    ("nll", "confidence", "minimum group confidence", None, False),
-    ("choice", "acc", "acc %", None, True),
-    ("choice", "acc_norm", "acc_norm %", None, True),
-    ("choice", "acc_bytes", "acc_bytes %", None, True),
-    ("choice", "nll", "NLL of the right answer", None, False),
-    ("choice", "followed", "planted answer followed %", None, True),
-]
+def t_quantile(freedom):
+    """97.5% quantile of Student's t."""
+    z = 1.959964
+    return T975[int(freedom + 1e-9) - 1] if freedom < 10 else z + (z ** 3 + z) / (4 * freedom) + (
+        5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)           # Cornish and Fisher's expansion
 
 
-def summarise(task, results):
-    """Rows of the table: results {model: [item, ...]} of one task, over the same items for every model.
+# 97.5% quantiles of Student's t, 1 to 9 degrees of freedom.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
-    Each row: group, measure, heading, n, and for each model {value, value_low, value_high} and, but for the first,
-    {difference, difference_low, difference_high}: paired, to the first model.
+
+def seed_interval(values, other=None):
+    """(mean, low, high) of values (S,), one of each seed: the mean and its 95% t interval over trainings, which has no
+    bounds for one seed. With others, (S',): of the difference of the means, by Welch's t; where one of the two has one
+    value alone, that one counts as fixed, as a base is that was not trained."""
+    mean = float(np.mean(values)) - (0.0 if other is None else float(np.mean(other)))
+    parts = [(np.var(v, ddof=1) / len(v), len(v) - 1) for v in (values, other) if v is not None and len(v) > 1]
+    total = sum(v for v, _ in parts)
+    if not parts:
+        return mean, -math.inf, math.inf
+    freedom = total ** 2 / sum(v ** 2 / f for v, f in parts) if total > 0 else parts[0][1]
+    half = t_quantile(freedom) * math.sqrt(total)
+    return mean, mean - half, mean + half
+
+
+# What a row of a table shows: measure, heading, weights, percent?
+MEASURES = {
+    "nll": [("nll", "NLL per response token", "tokens", False),
+            ("perplexity", "perplexity", "tokens", False),                # exp of the row above
+            ("confidence", "minimum group confidence", None, False)],
+    "choice": [("acc", "acc %", None, True), ("acc_norm", "acc_norm %", None, True),
+               ("acc_bytes", "acc_bytes %", None, True), ("nll", "NLL of the right answer", None, False),
+               ("followed", "planted answer followed %", None, True)],
+    "process": [("rouge1", "ROUGE-1 %", None, True), ("rouge2", "ROUGE-2 %", None, True),
+                ("rougeL", "ROUGE-L %", None, True)],
+}
+
+
+def summarise(measures, results):
+    """Rows of the table of one task: results {column: [items, ...]}, the scores of each seed, over the same items in
+    every column. measures: a list of MEASURES. Each row: group, measure, heading, n, percent, and what `compare` gives.
     """
-    first = next(iter(results))
-    groups = {r["group"] for r in results[first]}
+    first = next(iter(results.values()))[0]
+    groups = {r["group"] for r in first}
     groups = [None, *sorted(groups - {None})] if len(groups) > 1 else [None]   # all; and each, if there are several
-    wanted = [m[1:] for m in MEASURES if m[0] == task]
     rows = []
     for group in groups:
-        for measure, heading, weight, percent in wanted:
+        for measure, heading, weight, percent in measures:
             source, of = ("nll", np.exp) if measure == "perplexity" else (measure, np.asarray)
-            row, drawn = {"group": group, "measure": measure, "heading": heading, "percent": percent, "models": {}}, {}
-            for name, items in results.items():
-                items = [r for r in items if (group is None or r["group"] == group) and source in r]
-                if not items:
-                    break
-                values = [r[source] for r in items]
-                weights = [r[weight] for r in items] if weight else None
-                drawn[name] = of(bootstrap(values, weights))
-                low, high = wilson(np.mean(values), len(values)) if percent else interval(drawn[name])
-                cell = {"value": float(of(np.sum(values) / np.sum(weights or len(values)))), "value_low": low,
-                        "value_high": high}
-                if name != first:
-                    low, high = interval(drawn[name] - drawn[first])
-                    cell |= {"difference": cell["value"] - row["models"][first]["value"], "difference_low": low,
-                             "difference_high": high}
-                row["models"][name], row["n"] = cell, len(items)
-            if row["models"]:
-                rows.append(row)
+            drawn, spans, n = {}, {}, 0
+            for name, seeds in results.items():
+                for items in seeds:
+                    items = [r for r in items if (group is None or r["group"] == group) and source in r]
+                    if not items:
+                        break
+                    values, n = [r[source] for r in items], len(items)
+                    weights = [r[weight] for r in items] if weight else None
+                    value = float(of(np.sum(values) / np.sum(weights or len(values))))
+                    drawn.setdefault(name, []).append((value, of(bootstrap(values, weights))))
+                    if all(type(v) is int for v in values):               # right or wrong
+                        spans[name] = wilson(value, n)
+            if drawn:
+                rows.append({"group": group, "measure": measure, "heading": heading, "percent": percent, "n": n,
+                             **compare(drawn, spans)})
     return rows
 
 
+def compare(drawn, spans=()):
+    """{"models": {column: cell}, "pairs": [...]} of drawn {column: [(value, its resamples (RESAMPLES,)), ...]}, one of
+    each seed.
+
+    A cell has the value, the mean over seeds, and its 95% interval: over items for one seed (spans[column] if there),
+    over seeds for several. A pair has the difference of two columns, its paired interval over items, and, where one of
+    the two has several seeds, over seeds.
+    """
+    models, pairs, means = {}, [], {}
+    for name, seeds in drawn.items():
+        values, means[name] = [value for value, _ in seeds], np.mean([d for _, d in seeds], axis=0)
+        low, high = seed_interval(values)[1:] if len(seeds) > 1 else spans[name] if name in spans else \
+            interval(means[name])
+        models[name] = {"value": float(np.mean(values)), "value_low": low, "value_high": high, "seeds": values}
+    for minus, name in itertools.combinations(drawn, 2):
+        low, high = interval(means[name] - means[minus])
+        pair = {"model": name, "minus": minus, "difference": models[name]["value"] - models[minus]["value"],
+                "difference_low": low, "difference_high": high}
+        if max(len(drawn[name]), len(drawn[minus])) > 1:
+            _, pair["seeds_low"], pair["seeds_high"] = seed_interval(models[name]["seeds"], models[minus]["seeds"])
+        pairs.append(pair)
+    return {"models": models, "pairs": pairs}
+
+
 def print_table(rows, title):
-    """Values and intervals, models as columns; under each column but the first the paired difference to the first."""
-    names = list(rows[0]["models"])
-    table = [["", *names]]
+    """Values and intervals, models as columns; under them the difference of each column to each before it."""
+    names = list(dict.fromkeys(name for row in rows for name in row["models"]))
+    seeds = {name: max(len(row["models"][name]["seeds"]) for row in rows if name in row["models"]) for name in names}
+    table = [["", *(f"{name} ({n} seeds)" if n > 1 else name for name, n in seeds.items())]]
     for row in rows:
         scale, form = (100, ".1f") if row["percent"] else (1, ".3f")
-        table.append([f"{row['group'] or 'all'} ({row['n']})  {row['heading']}"])
-        if len(names) > 1:
-            table.append(["    minus the first"])
-        for c in row["models"].values():
-            for line, key, sign in zip(table[-min(2, len(names)):], ("value", "difference"), ("", "+")):
-                value, low, high = (c.get(k, math.nan) * scale for k in (key, key + "_low", key + "_high"))
-                line.append(f"{value:{sign}{form}} [{low:{sign}{form}}, {high:{sign}{form}}]" if key in c else "")
+
+        def spell(value, low, high, sign="", scale=scale, form=form):
+            return f"{value * scale:{sign}{form}} [{low * scale:{sign}{form}}, {high * scale:{sign}{form}}]"
+
+        cells = [row["models"].get(name) for name in names]
+        of = f"{row['positive']} of {row['n']}" if "positive" in row else row["n"]
+        table.append([f"{row['group'] or 'all'} ({of})  {row['heading']}", *(
+            "" if c is None else f"{c['value']:.3f} \u00b1 {c['sd']:.3f}" if "sd" in c and len(c["seeds"]) == 1 else
+            spell(c["value"], c["value_low"], c["value_high"]) for c in cells)])
+        for minus in names[:-1]:
+            pairs = {p["model"]: p for p in row["pairs"] if p["minus"] == minus}
+            for label, low in (("minus", "difference"), ("  over seeds, minus", "seeds")):
+                found = {name: spell(p["difference"], p[low + "_low"], p[low + "_high"], "+")
+                         for name, p in pairs.items() if low + "_low" in p}
+                if found:
+                    table.append([f"    {label} {minus}", *(found.get(name, "") for name in names)])
     widths = [max(map(len, column)) for column in zip(*table)]
     print(f"\n{title}")
     for label, *cells in table:
-        print(label.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths[1:])))
+        print((label.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths[1:]))).rstrip())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,20 +649,6 @@ PREDICTIONS = [
     ("sft-sample stays within 5 points of sft's frontier, since answers are of much the same length.", ("sft-sample",),
      FOLLOWED, "near"),
 ]
-# 97.5% quantiles of Student's t, 1 to 9 degrees of freedom.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def seed_interval(values):
-    """(mean, low, high) of values (S,), one of each seed: the mean and its 95% t interval over trainings, which has no
-    bounds for one seed."""
-    mean, freedom, z = float(np.mean(values)), len(values) - 1, 1.959964
-    if freedom == 0:
-        return mean, -math.inf, math.inf
-    t = T975[freedom - 1] if freedom <= 9 else z + (z ** 3 + z) / (4 * freedom) + (
-        5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)           # Cornish and Fisher's expansion
-    half = t * float(np.std(values, ddof=1)) / math.sqrt(freedom + 1)
-    return mean, mean - half, mean + half
 
 
 def crossing(path, level):
@@ -677,6 +1026,53 @@ def find_device(name):
     return device
 
 
+class Ranks:
+    """Who we are among the processes of torchrun; one process by itself is rank 0 of 1."""
+
+    def __init__(self, device):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = find_device(device)
+        self.quiet, self.said = False, set()                              # quiet: in the default job's many trainings
+
+    def start(self):
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            try:
+                store, rank, world = next(dist.rendezvous("env://"))
+            except ValueError as e:
+                raise UserError(f"WORLD_SIZE is {self.world}, but {e}; expected to be started by torchrun") from None
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":            # torchrun restarts with the store as it was,
+                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")   # where dead processes' addresses are
+                store = dist.PrefixStore(f"restart {restart}", store)     # (each node counts for itself)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", store=store,
+                                    rank=rank, world_size=world)
+
+    def print(self, *words):
+        if self.rank == 0:
+            with contextlib.suppress(BrokenPipeError):                    # no one reads any more; the run goes on
+                print(*words, flush=True)
+
+    def progress(self, *words):
+        if not self.quiet:
+            self.print(*words)
+
+    def once(self, words):
+        if words not in self.said:
+            self.said.add(words)
+            self.print(words)
+
+    def largest(self, number):
+        """The largest of the integers that the ranks bring, over gloo: no GPU is waited for."""
+        number = torch.tensor(number, dtype=torch.int64)
+        if self.world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def barrier(self):
+        self.largest(0)
+
+
 def open_model(path, tokenizer=None):
     """(directory, GPTConfig, Tokenizer) of a run, model directory or Hugging Face repository id, the weights unread.
     tokenizer: another one than the directory's. Raises UserError."""
@@ -721,24 +1117,81 @@ def stop_ids(config, generation, tokenizer, chat_format):
     return list(dict.fromkeys(i for i in eos if type(i) is int))
 
 
+def expand(names):
+    """{column: [paths]} of what the command names: a model alone, or those that a pattern finds. Raises UserError."""
+    columns = {}
+    for name in names:
+        found = [name] if os.path.exists(name) or not glob.has_magic(name) else sorted(glob.glob(name))
+        if not found:
+            raise UserError(f"no path fits the pattern {name!r}; expected runs or model directories")
+        columns[name] = found
+    paths = [path for found in columns.values() for path in found]
+    if len(set(map(os.path.normpath, paths))) < len(paths) or len(columns) < len(names):
+        raise UserError(f"a model is named twice: {' '.join(paths)}")
+    return columns
+
+
+def read_task(task, file, args):
+    """The items of a task's file, but for samples, which depend on the tokenizer. Raises UserError."""
+    if task == "profile":
+        return list(read_genes(file).values())[:args.limit]
+    if task == "process":
+        return load_items(file, genes="texts", process="text")[:args.limit]
+    items, needed = load_choice(file)[:args.limit], {"pubmedqa": "context", "mmlu": "subject"}.get(args.layout)
+    for item in items:
+        if needed and not (isinstance(item.get(needed), str) and item[needed].strip()):
+            raise UserError(f"{file}:{item['line']}: --layout {args.layout} shows {needed!r}; expected some text")
+        if len(item["choices"]) > 26:
+            raise UserError(f"{file}:{item['line']}: {len(item['choices'])} choices; expected at most 26, as letters")
+    return items
+
+
+def read_genes(file, **keys):
+    """{gene: item} of a file of {"gene", ...}. Raises UserError, also for a gene that is there twice: it would be
+    learned from and asked about."""
+    genes = {}
+    for item in load_items(file, gene="text", **keys):
+        if item["gene"] in genes:
+            raise UserError(f"{file}:{item['line']}: {item['gene']} is on line {genes[item['gene']]['line']} too; "
+                            "expected each gene once")
+        genes[item["gene"]] = item
+    return genes
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", help="runs, model directories or Hugging Face repository ids")
-    parser.add_argument("--tasks", nargs="+", choices=("nll", "choice", "inspect", "plot"), default=[],
-                        help="what to evaluate")
+    parser.add_argument("models", nargs="+", help="runs, model directories or Hugging Face repository ids; a pattern "
+                        "in quotes, 'runs/bft-s*', is one column: several seeds of one objective")
+    parser.add_argument("--tasks", nargs="+", choices=("nll", "choice", "process", "profile", "inspect", "plot"),
+                        default=[], help="what to evaluate")
     parser.add_argument("--data", nargs="+", default=[], help="a file for each task, in the same order")
+    parser.add_argument("--limit", type=int, help="of each file, the first so many lines (default: all)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="cloze", help="how choice questions are asked; those with "
+                        "names of data sets as lm-evaluation-harness asks them, cloze: CONTEXT, QUESTION, Answer: "
+                        "(default: cloze)")
+    parser.add_argument("--chat", action="store_true", help="ask choice questions in the chat format, not plain")
+    parser.add_argument("--encoder", nargs="+", default=["self"], help="of process and profile: sentence-transformers "
+                        "directories or repository ids, or self: the model's own mean last hidden state (default: "
+                        "self)")
+    parser.add_argument("--candidates", help="of process: a file with 'process' on each line, further names that the "
+                        "true one is compared with; without: those of --data alone")
+    parser.add_argument("--labels", nargs="+", default=[], help="of profile: files of {gene, label}, a property each")
+    parser.add_argument("--embeddings", nargs="+", default=[], help="of profile: files of {gene, embedding}, a column "
+                        "each")
+    parser.add_argument("--template", help="what process or profile asks, with a line's keys in braces, as {gene}")
     parser.add_argument("--lines", nargs="+", type=int, default=[], help="of the inspect task's file, which samples to "
                         "show (default: the first four)")
     parser.add_argument("--prompt", help="print each model's answer to this")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of the answer (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the answer; 0: greedy (default: 0)")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer (default: "
+                        f"{', '.join(f'{n} for {task}' for task, n in NEW_TOKENS.items())})")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of an answer; 0: greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of an answer that is drawn (default: 0)")
     parser.add_argument("--out", default="results.json",
                         help="where the table and the per-item scores go, pages and pictures beside it (default: "
                         "results.json)")
     parser.add_argument("--tokenizer", help="directory with tokenizer.json, or a tiktoken name; without: the model's")
     parser.add_argument("--chat-format", choices=("auto", *CHAT_FORMATS), default="auto", help="of samples and "
-                        "the prompt; auto: the one whose special tokens the tokenizer has (default: auto)")
+                        "prompts; auto: the one whose special tokens the tokenizer has (default: auto)")
     parser.add_argument("--max-length", type=int, help="cut samples after so many tokens; without: where "
                         " the model's positions end")
     parser.add_argument("--group-size", type=int, default=256, help="g, in response tokens (default: 256)")
@@ -746,19 +1199,25 @@ def main():
                         help="autocast; auto: bfloat16 where the device has it natively (default: float32)")
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
     args = parser.parse_args()
-    if not args.tasks and args.prompt is None:
+    tasks = set(args.tasks)
+    if not tasks and args.prompt is None:
         raise UserError("nothing to do; expected --tasks and --data, or --prompt")
-    if "plot" in args.tasks and (len(args.tasks) > 1 or args.data or args.prompt is not None):
+    if "plot" in tasks and (len(args.tasks) > 1 or args.data or args.prompt is not None):
         raise UserError("--tasks plot draws what runs have logged; expected no other task, no --data and no --prompt")
     if len(args.data) != len(args.tasks) and args.tasks != ["plot"]:
         raise UserError(f"--data names {len(args.data)} files for {len(args.tasks)} tasks; expected one for each")
-    if len(set(args.models)) < len(args.models):
-        raise UserError(f"a model is named twice: {' '.join(args.models)}")
+    if ("profile" in tasks) != bool(args.labels):
+        raise UserError("--labels and the profile task need each other; expected both or neither")
+    if args.template is not None and len(tasks & TEMPLATES.keys()) != 1:
+        raise UserError("--template is what one task asks; expected process or profile in --tasks, and not both")
     if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2 ** 32:
         raise UserError(f"--temperature is {args.temperature} and --seed {args.seed}; expected 0 or more each")
-    for name in ("group_size", "max_length", "max_new_tokens"):
+    for name in ("group_size", "max_length", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
+    for name in ("encoder", "labels", "embeddings"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise UserError(f"--{name} names one twice: {' '.join(getattr(args, name))}")
     out = Path(args.out).resolve()
     if not os.access(out.parent, os.W_OK | os.X_OK) or out.is_dir():
         raise UserError(f"--out {args.out}: expected a file in a directory that is there and can be written to")
@@ -766,51 +1225,106 @@ def main():
         for path in plot(args.models, args.out):
             print(f"picture: {path}")
         return
-    device = find_device(args.device)
-    dtype, output = compute_dtype(args.dtype, device), {"models": args.models, "tasks": []}
-    opened = {path: open_model(path, args.tokenizer) for path in args.models}
+    ranks = Ranks(args.device)
+    ranks.start()
+    device = ranks.device
+    dtype, columns = compute_dtype(args.dtype, device), expand(args.models)
+    opened = {path: open_model(path, args.tokenizer) for paths in columns.values() for path in paths}
     formats = {path: find_format(args.chat_format, tokenizer) for path, (_, _, tokenizer) in opened.items()}
-    sets = {}                                                             # every file is read before any model is
+    # Every file is read, and every library found, before any model.
+    shared = {(task, file): read_task(task, file, args) for task, file in zip(args.tasks, args.data)
+              if task not in ("nll", "inspect")}
+    stems = [Path(file).stem for file in args.labels]                     # what the properties are called
+    labels = {file if stems.count(stem) > 1 else stem: {gene: x["label"] for gene, x in read_genes(
+        file, label="label").items()} for file, stem in zip(args.labels, stems)}
+    given = {file: {gene: x["embedding"] for gene, x in read_genes(file, embedding="numbers").items()}
+             for file in args.embeddings}
+    folds = {}
+    for task, file in shared.keys() & {("profile", file) for file in args.data}:
+        kept = [x for x in shared[task, file] if all(x["gene"] in vectors for vectors in given.values())]
+        if len(kept) < len(shared[task, file]):
+            ranks.print(f"{len(kept)} of {len(shared[task, file])} genes of {file} are in all of {' '.join(given)}")
+        shared[task, file] = kept
+        folds[file] = ranks.rank == 0 and make_folds([x["gene"] for x in kept], labels)
+    further = [x["process"] for x in load_items(args.candidates, process="text")] if args.candidates else []
+    encoders = dict.fromkeys(args.encoder)
+    if tasks & TEMPLATES.keys() and ranks.rank == 0:
+        encoders = {name: None if name == "self" else load_encoder(name, device) for name in encoders}
+        if "process" in tasks:
+            rouge_items([], [])
+    sets, first = {}, next(iter(opened))
     for path, (directory, config, tokenizer) in opened.items():
-        needed = args.prompt is not None or {"nll", "inspect"} & set(args.tasks)
-        if needed and (difference := compare_template(directory, tokenizer, formats[path])):
+        turns = args.prompt is not None or args.chat or tasks & {"nll", "inspect", *TEMPLATES}
+        if turns and ranks.rank == 0 and (difference := compare_template(directory, tokenizer, formats[path])):
             print(f"warning: {difference}")
         for task, file in zip(args.tasks, args.data):
-            if task == "choice":
-                sets[path, task, file] = load_choice(file)
+            if (task, file) in shared:
+                sets[path, task, file] = shared[task, file]
                 continue
             longest = args.max_length or config.max_positions
             samples, counts = load_samples(file, tokenizer, formats[path], longest)
-            print(f"{path}: {counts['cut']} of {file} cut at {longest} tokens, {counts['dropped']} dropped")
+            ranks.print(f"{path}: {counts['cut']} of {file} cut at {longest} tokens, {counts['dropped']} dropped")
             if task == "inspect":
                 samples = [s for s in samples if s.line in args.lines] if args.lines else samples[:4]
                 if lacking := set(args.lines) - {s.line for s in samples}:
                     raise UserError(f"{file}: --lines: there is no sample on line {min(lacking)}")
-            if [s.line for s in samples] != [s.line for s in sets.get((args.models[0], task, file), samples)]:
-                raise UserError(f"{file}: {path} and {args.models[0]} keep different samples within their positions; "
+            else:
+                samples = samples[:args.limit]
+            if [s.line for s in samples] != [s.line for s in sets.get((first, task, file), samples)]:
+                raise UserError(f"{file}: {path} and {first} keep different samples within their positions; "
                                 "expected a --max-length that both have, to compare them on the same ones")
             sets[path, task, file] = samples
     results = [{} for _ in args.tasks]
     for path, (directory, config, tokenizer) in opened.items():           # one model at a time in memory
         model = load_weights(directory).cast(dtype).to(device)
+        stop = stop_ids(config, generation_config(directory), tokenizer, formats[path])
+        drawn = args.temperature, args.seed, dtype
         if args.prompt is not None:
-            ids, _ = encode_turns([("user", args.prompt), ("assistant", None)], tokenizer, formats[path])
-            try:
-                with autocast(device, dtype):
-                    stop = stop_ids(config, generation_config(directory), tokenizer, formats[path])
-                    answer, = model.generate([ids], args.max_new_tokens, args.temperature, stop, args.seed)
-            except ValueError as e:
-                raise UserError(f"{path}: {e}") from None
-            print(f"--- {path} ({formats[path]})\n{tokenizer.decode(answer)}")
+            answer, = write_texts(model, tokenizer, {"--prompt": args.prompt}, formats[path], stop,
+                                  args.max_new_tokens or NEW_TOKENS["prompt"], *drawn)
+            ranks.print(f"--- {path} ({formats[path]})\n{answer}")
         for task, file, result in zip(args.tasks, args.data, results):
-            data = sets[path, task, file]
-            result[path] = choice_items(model, tokenizer, data, dtype) if task == "choice" else \
-                nll_items(model, data, dtype, args.group_size) if task == "nll" else \
-                inspect_items(model, tokenizer, data, dtype, args.group_size)
-    if not args.tasks:
+            data, start = sets[path, task, file], time.monotonic()
+            if task == "nll":
+                result[path] = nll_items(model, data, dtype, args.group_size)
+            elif task == "inspect":
+                result[path] = inspect_items(model, tokenizer, data, dtype, args.group_size)
+            elif task == "choice":
+                result[path] = choice_items(model, tokenizer, data, dtype, args.layout, args.chat and formats[path])
+                if cut := sum(x["cut"] > 0 for x in result[path]):
+                    ranks.print(f"warning: {path}: {cut} of {len(data)} questions of {file} are longer than its "
+                                f"{config.max_positions} positions and lost their beginning")
+            else:
+                template, new_tokens = args.template or TEMPLATES[task], args.max_new_tokens or NEW_TOKENS[task]
+                prompts = {x["line"]: fill(template, x) for x in data}
+                texts = write_texts(model, tokenizer, prompts, formats[path], stop, new_tokens, *drawn)
+                own, names = ([process_name(text) for text in texts], candidates(data, further)) \
+                    if task == "process" else (texts, [x["gene"] for x in data])
+                result[path] = texts, "self" in encoders and [embed_self(model, tokenizer, some, dtype)
+                                                              for some in (own, names)]
+            ranks.print(f"{path}: {task} of {len(data)}, {time.monotonic() - start:.0f} s")
+    if ranks.rank or not args.tasks:
         return
+    output = {"models": columns, "tasks": []}
     for task, file, result in zip(args.tasks, args.data, results):
-        output["tasks"].append({"task": task, "data": file, "rows": summarise(task, result), "items": result})
+        entry, measures = {"task": task, "data": file}, MEASURES.get(task, [])
+        if task == "choice":
+            entry |= {"layout": args.layout, "chat": args.chat}
+        if task == "process":
+            result = process_items(shared[task, file], further, result, encoders)
+            measures = measures + [(f"{key} {name}", f"{heading}, {name}", None, percent) for name in encoders
+                                   for key, heading, percent in (("cosine", "cosine similarity", False),
+                                                                 ("percentile", "percentile of the true name", True))]
+        if task == "profile":
+            genes = [x["gene"] for x in shared[task, file]]
+            features = profile_features(genes, given, result, columns, encoders)
+            entry["rows"], entry["properties"] = profile_rows(genes, folds[file], features)
+            result = {path: [{"line": x["line"], "gene": x["gene"], "text": text}
+                             for x, text in zip(shared[task, file], texts)] for path, (texts, _) in result.items()}
+        else:
+            entry["rows"] = summarise(measures, {name: [result[path] for path in paths]
+                                                 for name, paths in columns.items()})
+        output["tasks"].append({**entry, "items": result})
         if task == "inspect":
             write_whole(out.with_suffix(".html"), [inspect_page(result, args.group_size).encode(errors="replace")])
             print(f"page: {Path(args.out).with_suffix('.html')}")
@@ -818,7 +1332,8 @@ def main():
     for t in output["tasks"]:
         if t["rows"]:
             print_table(t["rows"], f"{t['task']}: {t['data']}")
-    print(f"\nper-item scores: {args.out}")
+    print("\nIn brackets 95% intervals: of one model over items, of several seeds over seeds; of a difference over the "
+          f"same items of both.\nper-item scores: {args.out}")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from data import (
     load_samples, load_tokenizer, read_jsonl, run
 )
 from eval import (
-    FOLLOWED, NOVEL, PREDICTIONS, choice_items, find_device, findings, generation_config, gradient_items, load_weights,
-    open_model, plot, read_metrics, score, segment_sum, stop_ids
+    FOLLOWED, NOVEL, PREDICTIONS, Ranks, choice_items, findings, generation_config, gradient_items,
+    load_weights, open_model, plot, read_metrics, score, segment_sum, stop_ids
 )
 from model import GPT, GPTConfig, autocast, compute_dtype, replacing, weight_files, write_whole
 
@@ -163,53 +163,6 @@ def parse_settings(argv):
     if not all(0 <= seed < 2 ** 32 for seed in seeds) or not all(0 < lr < math.inf for lr in lrs):
         raise UserError(f"--seeds {seeds} --lrs {lrs}; expected seeds of 0 or more, below 2**32, and rates above 0")
     return s, (seeds, lrs)
-
-
-class Ranks:
-    """Who we are among the processes of torchrun; one process by itself is rank 0 of 1."""
-
-    def __init__(self, device):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = find_device(device)
-        self.quiet, self.said = False, set()                              # quiet: in the default job's many trainings
-
-    def start(self):
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.world > 1:
-            try:
-                store, rank, world = next(dist.rendezvous("env://"))
-            except ValueError as e:
-                raise UserError(f"WORLD_SIZE is {self.world}, but {e}; expected to be started by torchrun") from None
-            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":            # torchrun restarts with the store as it was,
-                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")   # where dead processes' addresses are
-                store = dist.PrefixStore(f"restart {restart}", store)     # (each node counts for itself)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", store=store,
-                                    rank=rank, world_size=world)
-
-    def print(self, *words):
-        if self.rank == 0:
-            with contextlib.suppress(BrokenPipeError):                    # no one reads any more; the run goes on
-                print(*words, flush=True)
-
-    def progress(self, *words):
-        if not self.quiet:
-            self.print(*words)
-
-    def once(self, words):
-        if words not in self.said:
-            self.said.add(words)
-            self.print(words)
-
-    def largest(self, number):
-        """The largest of the integers that the ranks bring, over gloo: no GPU is waited for."""
-        number = torch.tensor(number, dtype=torch.int64)
-        if self.world > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
-
-    def barrier(self):
-        self.largest(0)
 
 
 class Stop:

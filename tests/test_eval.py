@@ -100,7 +100,7 @@ def test_bootstrap_interval_of_a_mean_is_the_normal_one():
 
 def test_bootstrap_of_a_ratio_weighs_by_tokens():
     values, weights = np.array([2.0, 30.0, 5.0]), np.array([1, 10, 4])
-    drawn = evaluation.bootstrap(values, weights, resamples=4000)
+    drawn = evaluation.bootstrap(values, weights)
     possible = {(values[[i, j, k]].sum() / weights[[i, j, k]].sum()).round(9)
                 for i in range(3) for j in range(3) for k in range(3)}
     assert set(drawn.round(9)) == possible
@@ -115,16 +115,17 @@ def test_wilson_interval():
 def test_summary_by_group_with_paired_differences():
     items = lambda shift: [{"group": g, "acc": a, "acc_norm": a, "acc_bytes": a, "nll": n + shift}   # noqa: E731
                            for g, a, n in (("x", 1, 0.5), ("x", 0, 1.5), ("y", 1, 3.0))]
-    rows = evaluation.summarise("choice", {"first": items(0), "second": items(0.25)})
+    rows = evaluation.summarise(evaluation.MEASURES["choice"], {"first": [items(0)], "second": [items(0.25)]})
     cells = {(r["group"], r["measure"]): r for r in rows}
     assert {g for g, _ in cells} == {None, "x", "y"} and (None, "followed") not in cells
     row = cells["x", "nll"]
     assert row["n"] == 2 and row["models"]["first"]["value"] == 1.0
-    second = row["models"]["second"]
-    assert [second[k] for k in ("difference", "difference_low", "difference_high")] == pytest.approx([0.25] * 3)
+    pair, = row["pairs"]
+    assert (pair["model"], pair["minus"]) == ("second", "first")
+    assert [pair[k] for k in ("difference", "difference_low", "difference_high")] == pytest.approx([0.25] * 3)
     assert cells[None, "acc"]["models"]["first"]["value"] == pytest.approx(2 / 3)
     some = [{"group": g, "nll": n, "tokens": t, "confidence": 0.5} for g, n, t in (("x", 4.0, 2), (None, 5.0, 1))]
-    cells = {(r["group"], r["measure"]): r["models"]["m"] for r in evaluation.summarise("nll", {"m": some})}
+    cells = {(r["group"], r["measure"]): r["models"]["m"] for r in evaluation.summarise(evaluation.MEASURES["nll"], {"m": [some]})}
     assert {g for g, _ in cells} == {None, "x"}                           # the group is not the same as all
     for key in ("value", "value_low", "value_high"):
         assert cells[None, "perplexity"][key] == pytest.approx(math.exp(cells[None, "nll"][key]))

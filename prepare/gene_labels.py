@@ -1,0 +1,61 @@
+"""Properties of human genes from the Gene Ontology, as `eval.py --tasks profile --labels` reads them.
+
+    python prepare/gene_labels.py --obo go.obo.gz --gaf goa_human.gaf.gz --out DIR
+
+The inputs are the ontology (OBO) and its human annotations (GAF 2.1 or 2.2) as published at geneontology.org (CC BY
+4.0), plain or .gz. A file for each property, a line for each gene: {"gene": symbol, "label": 1 or 0}. 1 has a gene
+that is annotated, with any evidence, with the property's term or one below it (by is_a and part_of); 0 a gene of which
+something else of the same aspect is known. In neither are genes of whose aspect nothing is known but its root, and
+those that are both annotated with the property and denied it (NOT). A 0 may still be a 1 that nobody has found yet.
+
+Labels come from annotations alone: no text that a model is shown has a part in them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from go_facts import Ontology
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # model.py is in the root
+from model import write_whole  # noqa: E402
+
+
+# property: (its term, its aspect)
+PROPERTIES = {
+    "membrane": ("GO:0016020", "cellular_component"),
+    "nucleus": ("GO:0005634", "cellular_component"),
+    "transcription_factor": ("GO:0003700", "molecular_function"),         # DNA-binding transcription factor activity
+}
+
+
+def gene_labels(onto, term, aspect):
+    """{gene: 0 or 1} of an Ontology."""
+    known = {t for t, x in onto.terms.items() if x["namespace"] == aspect and x["name"] != aspect}
+    return {gene: int(term in have) for gene, have in sorted(onto.annotated.items())
+            if have & known and not (term in have and onto.denied[gene] & onto.ancestors(term))}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--obo", type=Path, required=True, help="the ontology")
+    parser.add_argument("--gaf", type=Path, required=True, help="its annotations of human genes")
+    parser.add_argument("--out", type=Path, required=True, help="the directory for a file of each property")
+    args = parser.parse_args()
+    for path in (args.obo, args.gaf):
+        if not path.is_file():
+            sys.exit(f"{path}: no such file")
+    onto = Ontology(args.obo, args.gaf)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, (term, aspect) in PROPERTIES.items():
+        if term not in onto.terms:
+            sys.exit(f"{args.obo}: no term {term} ({name}); expected the Gene Ontology")
+        labels, file = gene_labels(onto, term, aspect), args.out / f"{name}.jsonl"
+        write_whole(file, ((json.dumps({"gene": gene, "label": y}) + "\n").encode() for gene, y in labels.items()))
+        print(f"{file}: {len(labels)} genes, {sum(labels.values())} with label 1")
+
+
+if __name__ == "__main__":
+    main()
