@@ -221,20 +221,15 @@ def fill(template, item):
                         "the line in braces, such as {gene}") from None
 
 
-def write_texts(model, tokenizer, prompts, chat_format, stop, new_tokens, temperature=0.0, seed=0, dtype=torch.float32):
-    """The model's answer to each prompt, {line in its file: text}, a user's turn: a list of texts. Raises UserError."""
-    ids = [encode_turns([("user", text), ("assistant", None)], tokenizer, chat_format)[0] for text in prompts.values()]
-    for line, row in zip(prompts, ids):
-        if len(row) + new_tokens > model.config.max_positions:
-            raise UserError(f"the prompt of line {line} has {len(row)} tokens; expected, with {new_tokens} new ones, "
-                            f"at most the {model.config.max_positions} positions of the model")
+def write_texts(model, tokenizer, prompts, stop, new_tokens, temperature=0.0, seed=0, dtype=torch.float32):
+    """What the model writes after each prompt, a list of ids: a list of texts."""
     device = next(model.parameters()).device
     table = torch.zeros(len(prompts), new_tokens, dtype=torch.int64, device=device)   # each id plus 1
     with autocast(device, dtype):
-        for micro in share([len(row) + new_tokens for row in ids]):       # a stream of random numbers for each
-            rows = [ids[i] for i in micro]
-            for i, new in zip(micro, model.generate(rows, new_tokens, temperature, stop, seed + micro[0])):
-                table[i, :len(new)] = new + 1
+        for micro in share([len(ids) + new_tokens for ids in prompts]):   # each with random numbers of its own
+            new = model.generate([prompts[i] for i in micro], new_tokens, temperature, stop, seed + micro[0])
+            for i, ids in zip(micro, new):
+                table[i, :len(ids)] = ids + 1
     return [tokenizer.decode(row[row > 0] - 1) for row in together(table)]
 
 
@@ -246,14 +241,13 @@ def embed_self(model, tokenizer, texts, dtype=torch.float32):
     table = torch.zeros(len(texts), c.n_embd, dtype=torch.float64, device=device)
     some = [i for i, row in enumerate(ids) if row]
     for micro in share([len(ids[i]) for i in some]):
-        if micro:
-            rows = [ids[some[m]] for m in micro]
-            lengths = torch.tensor([len(row) for row in rows], device=device)
-            with autocast(device, dtype):
-                x = model.trunk(torch.tensor(sum(rows, []), device=device), Packing(lengths.tolist(), device))
-            sample = torch.arange(len(rows), device=device).repeat_interleave(lengths)
-            sums = table.new_zeros(len(rows), c.n_embd).index_add(0, sample, x.double())
-            table[[some[m] for m in micro]] = sums / lengths[:, None]
+        rows = [ids[some[m]] for m in micro]
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        with autocast(device, dtype):
+            x = model.trunk(torch.tensor(sum(rows, []), device=device), Packing(lengths.tolist(), device))   # (T, d)
+        sample = torch.arange(len(rows), device=device).repeat_interleave(lengths)             # (T,)
+        sums = table.new_zeros(len(rows), c.n_embd).index_add(0, sample, x.double())
+        table[[some[m] for m in micro]] = sums / lengths[:, None]
     return together(table)
 
 
@@ -283,7 +277,7 @@ def process_name(text):
 
 def plain_name(name):
     """A name as GeneAgent's evaluation compares it."""
-    return " ".join(re.sub(r'[/,"*-]', " ", name).split()).rstrip(".")
+    return " ".join(re.sub(r'[/,"*-]', " ", name).rstrip(". ").split())
 
 
 def rouge_items(items, texts):
@@ -403,9 +397,9 @@ def profile_rows(genes, folds, features):
             for matrix in (matrix for matrices in columns.values() for matrix in matrices):
                 if id(matrix) not in known:                               # (files are in the rows of every encoder)
                     s = out_of_fold(matrix[at], y, fold)
-                    spread = [np.nanmean(fold_auc(s, y, fold, resample_counts(drawn, len(y))), axis=0)
+                    spread = [np.ma.masked_invalid(fold_auc(s, y, fold, resample_counts(drawn, len(y)))).mean(0)
                               for drawn in resamples(len(y))]
-                    known[id(matrix)] = s, fold_auc(s, y, fold), np.concatenate(spread)
+                    known[id(matrix)] = s, fold_auc(s, y, fold), np.ma.concatenate(spread).filled(np.nan)
             found = {column: [known[id(matrix)] for matrix in matrices] for column, matrices in columns.items()}
             row = {"group": name, "measure": "auc", "heading": heading, "percent": False, "n": len(y), "positive": int(
                 y.sum()), **compare({c: [(areas.mean(), drawn) for _, areas, drawn in f] for c, f in found.items()})}
@@ -502,8 +496,8 @@ def bootstrap(values, weights=None, seed=0):
 
 
 def interval(resampled):
-    """95% percentile interval."""
-    return tuple(np.percentile(resampled, (2.5, 97.5)).tolist())
+    """95% percentile interval (of the resamples in which there is a value)."""
+    return tuple(np.nanpercentile(resampled, (2.5, 97.5)).tolist())
 
 
 def wilson(p, n, z=1.959964):
@@ -1131,16 +1125,16 @@ def expand(names):
     return columns
 
 
-def read_task(task, file, args):
+def read_task(task, file, layout, limit):
     """The items of a task's file, but for samples, which depend on the tokenizer. Raises UserError."""
     if task == "profile":
-        return list(read_genes(file).values())[:args.limit]
+        return list(read_genes(file).values())[:limit]
     if task == "process":
-        return load_items(file, genes="texts", process="text")[:args.limit]
-    items, needed = load_choice(file)[:args.limit], {"pubmedqa": "context", "mmlu": "subject"}.get(args.layout)
+        return load_items(file, genes="texts", process="text")[:limit]
+    items, needed = load_choice(file)[:limit], {"pubmedqa": "context", "mmlu": "subject"}.get(layout)
     for item in items:
         if needed and not (isinstance(item.get(needed), str) and item[needed].strip()):
-            raise UserError(f"{file}:{item['line']}: --layout {args.layout} shows {needed!r}; expected some text")
+            raise UserError(f"{file}:{item['line']}: --layout {layout} shows {needed!r}; expected some text there")
         if len(item["choices"]) > 26:
             raise UserError(f"{file}:{item['line']}: {len(item['choices'])} choices; expected at most 26, as letters")
     return items
@@ -1166,9 +1160,9 @@ def main():
                         default=[], help="what to evaluate")
     parser.add_argument("--data", nargs="+", default=[], help="a file for each task, in the same order")
     parser.add_argument("--limit", type=int, help="of each file, the first so many lines (default: all)")
-    parser.add_argument("--layout", choices=LAYOUTS, default="cloze", help="how choice questions are asked; those with "
-                        "names of data sets as lm-evaluation-harness asks them, cloze: CONTEXT, QUESTION, Answer: "
-                        "(default: cloze)")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["cloze"], help="how choice questions are "
+                        "asked, one for all or one for each choice task: those with names of data sets as "
+                        "lm-evaluation-harness asks them; cloze shows no choices (default: cloze)")
     parser.add_argument("--chat", action="store_true", help="ask choice questions in the chat format, not plain")
     parser.add_argument("--encoder", nargs="+", default=["self"], help="of process and profile: sentence-transformers "
                         "directories or repository ids, or self: the model's own mean last hidden state (default: "
@@ -1210,6 +1204,9 @@ def main():
         raise UserError("--labels and the profile task need each other; expected both or neither")
     if args.template is not None and len(tasks & TEMPLATES.keys()) != 1:
         raise UserError("--template is what one task asks; expected process or profile in --tasks, and not both")
+    if len(args.layout) not in (1, args.tasks.count("choice")):
+        raise UserError(f"--layout names {len(args.layout)} for {args.tasks.count('choice')} choice tasks; expected "
+                        "one, or one for each")
     if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2 ** 32:
         raise UserError(f"--temperature is {args.temperature} and --seed {args.seed}; expected 0 or more each")
     for name in ("group_size", "max_length", "max_new_tokens", "limit"):
@@ -1232,34 +1229,47 @@ def main():
     opened = {path: open_model(path, args.tokenizer) for paths in columns.values() for path in paths}
     formats = {path: find_format(args.chat_format, tokenizer) for path, (_, _, tokenizer) in opened.items()}
     # Every file is read, and every library found, before any model.
-    shared = {(task, file): read_task(task, file, args) for task, file in zip(args.tasks, args.data)
-              if task not in ("nll", "inspect")}
+    jobs = list(enumerate(zip(args.tasks, args.data)))
+    asked = [i for i, (task, _) in jobs if task == "choice"]
+    layouts = dict(zip(asked, args.layout * len(asked) if len(args.layout) == 1 else args.layout))
+    items = {i: read_task(task, file, layouts.get(i), args.limit) for i, (task, file) in jobs
+             if task not in ("nll", "inspect")}
     stems = [Path(file).stem for file in args.labels]                     # what the properties are called
     labels = {file if stems.count(stem) > 1 else stem: {gene: x["label"] for gene, x in read_genes(
         file, label="label").items()} for file, stem in zip(args.labels, stems)}
     given = {file: {gene: x["embedding"] for gene, x in read_genes(file, embedding="numbers").items()}
              for file in args.embeddings}
-    folds = {}
-    for task, file in shared.keys() & {("profile", file) for file in args.data}:
-        kept = [x for x in shared[task, file] if all(x["gene"] in vectors for vectors in given.values())]
-        if len(kept) < len(shared[task, file]):
-            ranks.print(f"{len(kept)} of {len(shared[task, file])} genes of {file} are in all of {' '.join(given)}")
-        shared[task, file] = kept
-        folds[file] = ranks.rank == 0 and make_folds([x["gene"] for x in kept], labels)
     further = [x["process"] for x in load_items(args.candidates, process="text")] if args.candidates else []
-    encoders = dict.fromkeys(args.encoder)
-    if tasks & TEMPLATES.keys() and ranks.rank == 0:
+    encoders, folds, prompts = dict.fromkeys(args.encoder), {}, {}
+    for i, (task, file) in jobs:
+        if task == "profile":
+            kept = [x for x in items[i] if all(x["gene"] in vectors for vectors in given.values())]
+            if len(kept) < len(items[i]):
+                ranks.print(f"{len(kept)} of {len(items[i])} genes of {file} are in all of {' '.join(given)}")
+            items[i] = kept
+        if task in TEMPLATES:
+            prompts[i] = [fill(args.template or TEMPLATES[task], x) for x in items[i]]
+            folds[i] = rouge_items([], []) if task == "process" else make_folds([x["gene"] for x in items[i]], labels)
+    if prompts and ranks.rank == 0:
         encoders = {name: None if name == "self" else load_encoder(name, device) for name in encoders}
-        if "process" in tasks:
-            rouge_items([], [])
+    if args.prompt is not None:
+        prompts["prompt"] = [args.prompt]
+    room = {i: args.max_new_tokens or NEW_TOKENS[i if i == "prompt" else args.tasks[i]] for i in prompts}
     sets, first = {}, next(iter(opened))
     for path, (directory, config, tokenizer) in opened.items():
-        turns = args.prompt is not None or args.chat or tasks & {"nll", "inspect", *TEMPLATES}
+        turns = args.chat or prompts or tasks & {"nll", "inspect"}
         if turns and ranks.rank == 0 and (difference := compare_template(directory, tokenizer, formats[path])):
             print(f"warning: {difference}")
-        for task, file in zip(args.tasks, args.data):
-            if (task, file) in shared:
-                sets[path, task, file] = shared[task, file]
+        for i, texts in prompts.items():
+            sets[path, i] = [encode_turns([("user", text), ("assistant", None)], tokenizer, formats[path])[0]
+                             for text in texts]
+            for number, ids in enumerate(sets[path, i]):
+                if len(ids) + room[i] > config.max_positions:
+                    where = "--prompt" if i == "prompt" else f"the prompt of {args.data[i]}:{items[i][number]['line']}"
+                    raise UserError(f"{path}: {where} has {len(ids)} tokens; expected, with {room[i]} new ones, at "
+                                    f"most the {config.max_positions} positions of the model")
+        for i, (task, file) in jobs:
+            if i in items:
                 continue
             longest = args.max_length or config.max_positions
             samples, counts = load_samples(file, tokenizer, formats[path], longest)
@@ -1270,57 +1280,56 @@ def main():
                     raise UserError(f"{file}: --lines: there is no sample on line {min(lacking)}")
             else:
                 samples = samples[:args.limit]
-            if [s.line for s in samples] != [s.line for s in sets.get((first, task, file), samples)]:
+            if [s.line for s in samples] != [s.line for s in sets.get((first, i), samples)]:
                 raise UserError(f"{file}: {path} and {first} keep different samples within their positions; "
                                 "expected a --max-length that both have, to compare them on the same ones")
-            sets[path, task, file] = samples
-    results = [{} for _ in args.tasks]
+            sets[path, i] = samples
+    results = [{} for _ in jobs]
     for path, (directory, config, tokenizer) in opened.items():           # one model at a time in memory
         model = load_weights(directory).cast(dtype).to(device)
         stop = stop_ids(config, generation_config(directory), tokenizer, formats[path])
         drawn = args.temperature, args.seed, dtype
         if args.prompt is not None:
-            answer, = write_texts(model, tokenizer, {"--prompt": args.prompt}, formats[path], stop,
-                                  args.max_new_tokens or NEW_TOKENS["prompt"], *drawn)
+            answer, = write_texts(model, tokenizer, sets[path, "prompt"], stop, room["prompt"], *drawn)
             ranks.print(f"--- {path} ({formats[path]})\n{answer}")
-        for task, file, result in zip(args.tasks, args.data, results):
-            data, start = sets[path, task, file], time.monotonic()
+        for i, (task, file) in jobs:
+            start = time.monotonic()
             if task == "nll":
-                result[path] = nll_items(model, data, dtype, args.group_size)
+                done = nll_items(model, sets[path, i], dtype, args.group_size)
             elif task == "inspect":
-                result[path] = inspect_items(model, tokenizer, data, dtype, args.group_size)
+                done = inspect_items(model, tokenizer, sets[path, i], dtype, args.group_size)
             elif task == "choice":
-                result[path] = choice_items(model, tokenizer, data, dtype, args.layout, args.chat and formats[path])
-                if cut := sum(x["cut"] > 0 for x in result[path]):
-                    ranks.print(f"warning: {path}: {cut} of {len(data)} questions of {file} are longer than its "
+                done = choice_items(model, tokenizer, items[i], dtype, layouts[i], args.chat and formats[path])
+                if cut := sum(x["cut"] > 0 for x in done):
+                    ranks.print(f"warning: {path}: {cut} of {len(done)} questions of {file} are longer than its "
                                 f"{config.max_positions} positions and lost their beginning")
             else:
-                template, new_tokens = args.template or TEMPLATES[task], args.max_new_tokens or NEW_TOKENS[task]
-                prompts = {x["line"]: fill(template, x) for x in data}
-                texts = write_texts(model, tokenizer, prompts, formats[path], stop, new_tokens, *drawn)
-                own, names = ([process_name(text) for text in texts], candidates(data, further)) \
-                    if task == "process" else (texts, [x["gene"] for x in data])
-                result[path] = texts, "self" in encoders and [embed_self(model, tokenizer, some, dtype)
-                                                              for some in (own, names)]
-            ranks.print(f"{path}: {task} of {len(data)}, {time.monotonic() - start:.0f} s")
-    if ranks.rank or not args.tasks:
+                texts = write_texts(model, tokenizer, sets[path, i], stop, room[i], *drawn)
+                if empty := sum(not text.strip() for text in texts):
+                    ranks.print(f"warning: {path}: {empty} of {len(texts)} answers to {file} are empty")
+                own, names = ([process_name(text) for text in texts], candidates(items[i], further)) \
+                    if task == "process" else (texts, [x["gene"] for x in items[i]])
+                done = texts, "self" in encoders and [embed_self(model, tokenizer, x, dtype) for x in (own, names)]
+            results[i][path] = done
+            ranks.print(f"{path}: {task} of {file}, {time.monotonic() - start:.0f} s")
+    if ranks.rank or not jobs:
         return
     output = {"models": columns, "tasks": []}
-    for task, file, result in zip(args.tasks, args.data, results):
-        entry, measures = {"task": task, "data": file}, MEASURES.get(task, [])
+    for i, (task, file) in jobs:
+        entry, measures, result = {"task": task, "data": file}, MEASURES.get(task, []), results[i]
         if task == "choice":
-            entry |= {"layout": args.layout, "chat": args.chat}
+            entry |= {"layout": layouts[i], "chat": args.chat}
         if task == "process":
-            result = process_items(shared[task, file], further, result, encoders)
+            result = process_items(items[i], further, result, encoders)
             measures = measures + [(f"{key} {name}", f"{heading}, {name}", None, percent) for name in encoders
                                    for key, heading, percent in (("cosine", "cosine similarity", False),
                                                                  ("percentile", "percentile of the true name", True))]
         if task == "profile":
-            genes = [x["gene"] for x in shared[task, file]]
+            genes = [x["gene"] for x in items[i]]
             features = profile_features(genes, given, result, columns, encoders)
-            entry["rows"], entry["properties"] = profile_rows(genes, folds[file], features)
-            result = {path: [{"line": x["line"], "gene": x["gene"], "text": text}
-                             for x, text in zip(shared[task, file], texts)] for path, (texts, _) in result.items()}
+            entry["rows"], entry["properties"] = profile_rows(genes, folds[i], features)
+            result = {path: [{"line": x["line"], "gene": x["gene"], "text": text} for x, text in zip(items[i], texts)]
+                      for path, (texts, _) in result.items()}
         else:
             entry["rows"] = summarise(measures, {name: [result[path] for path in paths]
                                                  for name, paths in columns.items()})
@@ -1331,7 +1340,8 @@ def main():
     write_whole(out, [json.dumps(output, indent=1).encode()])
     for t in output["tasks"]:
         if t["rows"]:
-            print_table(t["rows"], f"{t['task']}: {t['data']}")
+            how = f", {t['layout']} layout, {'chat format' if t['chat'] else 'plain'}" if t["task"] == "choice" else ""
+            print_table(t["rows"], f"{t['task']}: {t['data']}{how}")
     print("\nIn brackets 95% intervals: of one model over items, of several seeds over seeds; of a difference over the "
           f"same items of both.\nper-item scores: {args.out}")
 

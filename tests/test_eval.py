@@ -155,21 +155,34 @@ def test_the_command_prints_one_table_and_saves_every_item(tmp_path, tokenizer):
     (["--tasks", "nll", "--group-size", "0"], "--group-size is 0"), (["--tasks", "choice"], "'question'"),
     (["--tasks", "plot"], "no --data"), (["--tasks", "plot", "nll"], "no other task"),
     (["--tasks", "nll", "--max-length", "-5"], "--max-length is -5"), (["--tasks", "nll", "--", "model"], "named twice"),
-    (["--tasks", "choice", "--data", "long.jsonl"], "line 2 has "), ([], "nothing to do"), (["--prompt", "a b " * 2000], "positions of the model"),
+    (["--tasks", "choice", "--data", "long.jsonl"], "the choice 'c c c c"), (["--tasks", "choice", "--limit", "0"], "--limit is 0"),
+    (["--tasks", "choice", "--data", "long.jsonl", "--layout", "pubmedqa"], "long.jsonl:1: --layout pubmedqa shows 'context'"),
+    (["--tasks", "choice", "--data", "long.jsonl", "--layout", "mmlu", "medqa"], "--layout names 2 for 1 choice tasks"),
+    (["--tasks", "profile"], "--labels and the profile task"), (["--tasks", "nll", "--template", "{x}"], "--template is what one task asks"),
+    (["--tasks", "process"], "finetune.jsonl:1: 'genes' is missing; expected a list of texts"),
+    (["--tasks", "process", "--data", "sets.jsonl", "--template", "{gene}"], "cannot be filled from line 1 (KeyError('gene'))"),
+    (["--tasks", "process", "--data", "sets.jsonl", "--encoder", "self", "self"], "--encoder names one twice"),
+    (["--tasks", "profile", "--data", "genes.jsonl", "--labels", "sets.jsonl"], "sets.jsonl:1: 'gene' is missing"),
+    (["--tasks", "profile", "--data", "twice.jsonl", "--labels", "genes.jsonl"], "twice.jsonl:2: A is on line 1 too"),
+    (["--tasks", "profile", "--data", "genes.jsonl", "--labels", "genes.jsonl", "--embeddings", "genes.jsonl"], "genes.jsonl:2: 'embedding' is [1]"),
+    (["--tasks", "nll", "--", "model*", "model"], "named twice"), (["--tasks", "nll", "--", "run*"], "no path fits the pattern 'run*'"), ([], "nothing to do"), (["--prompt", "a b " * 2000], "positions of the model"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature is -1"), (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
     (["--prompt", "a", "--chat-format", "llama3"], "chat format llama3 needs the special token <|begin_of_text|>")])
 def test_mistakes_are_one_sentence(argv, words, tmp_path, monkeypatch, capsys, tokenizer):
     save(tiny(tokenizer, 0), tmp_path / "model")
     item = {"question": "q", "choices": ["a \ufffd", "b"], "answer": 0, "group": 1}      # odd, but no mistake
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (item, {**item, "question": "q " * 2500})))
+    genes = [{"gene": "A", "label": 1, "embedding": [1, 2]}, {"gene": "B", "label": 0, "embedding": [1]}]
+    for name, rows in (("long", (item, {**item, "choices": ["a", "c " * 2500]})), ("sets", [{"genes": ["A", "B"], "process": "p"}]),
+                       ("genes", genes), ("twice", genes[:1] * 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
     monkeypatch.chdir(tmp_path)
     default = ["--data", str(ASSETS / "finetune.jsonl")] if "--tasks" in argv else []
-    monkeypatch.setattr(sys, "argv", ["eval.py", *default, *argv, "--", "model"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", *default, *argv, *([] if "run*" in argv else ["--"] * ("--" not in argv) + ["model"])])
     with pytest.raises(SystemExit) as exit:
         run(evaluation.main)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and words in error and error.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["long.jsonl", "model"]
+    assert len(list(tmp_path.iterdir())) == 5 and not (tmp_path / "results.json").exists()
 
 
 def test_the_command_answers_a_prompt(tmp_path, monkeypatch, capsys, tokenizer):
