@@ -3,14 +3,19 @@
     python prepare/choice.py pubmedqa data/ori_pqal.json --ids data/test_ground_truth.json --out pubmedqa_test.jsonl
     python prepare/choice.py medmcqa dev.json --out medmcqa_dev.jsonl
     python prepare/choice.py medqa questions/US/4_options/phrases_no_exclude_test.jsonl --out medqa_test.jsonl
+    python prepare/choice.py mmlu data/test/anatomy_test.csv data/test/college_medicine_test.csv --out mmlu.jsonl
 
 PubMedQA (https://github.com/pubmedqa/pubmedqa, MIT) keeps its labelled part in its repository; --ids names the items of
 its test split. MedMCQA (https://github.com/medmcqa/medmcqa, MIT) and MedQA (https://github.com/jind11/MedQA, MIT; also
-questions/US/test.jsonl, with five options) link to their files from their README. A line of the output:
+questions/US/test.jsonl, with five options) link to their files from their README, and so does MMLU
+(https://github.com/hendrycks/test, MIT), which has a file for each subject. A line of the output, its texts as
+published, white space and all, as lm-evaluation-harness shows them:
 
-    {"question", "choices", "answer": index, "context": PubMedQA's abstract, "group": MedMCQA's subject, "id": if any}
+    {"question", "choices", "answer": index, "context": PubMedQA's abstract, "group": subject of MedMCQA and MMLU, "id":
+    if any, "subject": MMLU's}
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -30,7 +35,7 @@ def text(row, key, where):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {key!r} is {value!r}; expected some text")
-    return value.strip()
+    return value
 
 
 def read_object(path):
@@ -104,19 +109,35 @@ def medqa(path):
     return items
 
 
-SETS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "medqa": medqa}
+def mmlu(path):
+    """The items of a subject's CSV file: question, four options, letter; no header. Raises UserError."""
+    items, subject = [], path.stem.removesuffix("_test").removesuffix("_val").removesuffix("_dev")
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            for row in csv.reader(f):
+                if len(row) != 6 or row[5] not in list("ABCD") or not all(field.strip() for field in row):
+                    raise UserError(f"{path}: row {len(items) + 1} is {str(row)[:80]}; expected a question, four "
+                                    "options, and A, B, C or D")
+                items.append({"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5]), "group": subject,
+                              "subject": subject})
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: cannot be read: {e}") from None
+    return items
+
+
+SETS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "medqa": medqa, "mmlu": mmlu}
 
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("set", choices=SETS)
-    parser.add_argument("file", type=Path, help="as published")
+    parser.add_argument("file", type=Path, nargs="+", help="as published")
     parser.add_argument("--ids", type=Path, help="pubmedqa: the file that names a split's items and their labels")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.ids and args.set != "pubmedqa":
         raise UserError(f"--ids is for pubmedqa; the splits of {args.set} are files")
-    items = SETS[args.set](args.file, *([args.ids] if args.ids else []))
+    items = [item for file in args.file for item in SETS[args.set](file, *([args.ids] if args.ids else []))]
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.out, ((json.dumps(item) + "\n").encode() for item in items))

@@ -1,4 +1,4 @@
-"""prepare/medquad.py and prepare/choice.py, on tests/medquad (invented pages) and on rows in the published formats."""
+"""The scripts of prepare/ on tests/medquad (invented pages) and on rows in the published formats."""
 
 import json
 import shutil
@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "tests" / "medquad"
 sys.path.insert(0, str(ROOT / "prepare"))
 import choice  # noqa: E402
+import gene_labels  # noqa: E402
+import genesets  # noqa: E402
 import medquad  # noqa: E402
 
 
@@ -129,7 +131,7 @@ def test_pubmedqa(tmp_path, monkeypatch, capsys):
 def test_medmcqa_counts_from_one_or_from_zero(tmp_path, monkeypatch, capsys):
     for cops, answers, words in (([1, 4, 2], [0, 3, 1], "counts from 1, as its publishers"), ([3, 0, 2], [3, 0, 2], "counts from 0, as the version on Hugging Face")):
         items = convert("medmcqa", tmp_path, monkeypatch, [{**MCQ, "cop": c} for c in cops])
-        assert items == [{"question": "Which?", "choices": ["one", "two", "0.03", "four"], "answer": a, "group": "Counting", "id": "u-1"} for a in answers]
+        assert items == [{"question": "Which? ", "choices": ["one", "two", "0.03", "four"], "answer": a, "group": "Counting", "id": "u-1"} for a in answers]
         assert words in capsys.readouterr().out
     for cops, words in (([1, 2, 3], "takes the values 1, 2, 3, "), ([0, 4], "takes the values 0, 4, "), ([4, None], "source:2: 'cop' is missing: the test split"),
                         ([-1], "source:1: 'cop' is -1: the test split"), ([1, 5], "source:2: 'cop' is 5"), ([4, "1"], "'cop' is '1'"), ([4, True], "'cop' is True")):
@@ -158,6 +160,57 @@ def test_medqa(tmp_path, monkeypatch):
         convert("medqa", tmp_path, monkeypatch, [USMLE], "--ids", tmp_path / "source")
     with pytest.raises(data.UserError, match="cannot be written: "):
         convert("medqa", tmp_path, monkeypatch, [USMLE], "--out", tmp_path / "source" / "out.jsonl")
+
+
+def test_mmlu(tmp_path, monkeypatch):
+    for name, text in (("anatomy_test", '"Which, exactly? ",one,two,"thr,ee",4,C\n'), ("college_medicine_val", "Q,a,b,c,d,A\nR,a,b,c,d,D\n")):
+        (tmp_path / f"{name}.csv").write_text(text)
+    call(choice.main, monkeypatch, "mmlu", tmp_path / "anatomy_test.csv", tmp_path / "college_medicine_val.csv", "--out", tmp_path / "out.jsonl")
+    first, *rest = data.load_choice(tmp_path / "out.jsonl")
+    assert first == {"question": "Which, exactly? ", "choices": ["one", "two", "thr,ee", "4"], "answer": 2, "group": "anatomy", "subject": "anatomy", "line": 1}
+    assert [(x["question"], x["answer"], x["subject"]) for x in rest] == [("Q", 0, "college_medicine"), ("R", 3, "college_medicine")]
+    for text in ("Q,a,b,c,d,E\n", "Q,a,b,c,D\n", "Q,a,,c,d,A\n", "question,A,B,C,D,answer\n"):
+        (tmp_path / "bad_test.csv").write_text("R,a,b,c,d,B\n" + text)
+        with pytest.raises(data.UserError, match="bad_test.csv: row 2 is .*expected a question"):
+            call(choice.main, monkeypatch, "mmlu", tmp_path / "bad_test.csv", "--out", tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_gene_sets(tmp_path, monkeypatch):
+    for name, text, wanted in (
+            ("NeST.tsv", 'NEST ID\tname_new\tGenes\nNEST:1\tMAPK signaling\t"A1,B2"\n', [{"id": "NEST:1", "genes": ["A1", "B2"], "process": "MAPK signaling"}]),
+            ("M.csv", '"ID","Name","Count","Genes"\n"M:7","x, and y","2","A B-C"\n', [{"id": "M:7", "genes": ["A", "B-C"], "process": "x, and y"}]),
+            ("GO_terms.csv", "GO,Genes,Gene_Count,Term_Description\nGO:1,A,1,p\nGO:2,B C,2,q\n",
+             [{"id": "GO:1", "genes": ["A"], "process": "p"}, {"id": "GO:2", "genes": ["B", "C"], "process": "q"}])):
+        (tmp_path / name).write_text(text)
+        call(genesets.main, monkeypatch, tmp_path / name, "--out", tmp_path / "out.jsonl")
+        assert [{k: v for k, v in x.items() if k not in ("line", "group")} for x in data.load_items(tmp_path / "out.jsonl", genes="texts", process="text")] == wanted
+    for text, words in (("a,b\n1,2\n", "the header is"), ("ID,Name,Genes\n1,x,A\n2,,A\n", "row 3 is"), ("ID,Name,Genes\n1,x,\n", "row 2 is"), ("", "the header is None")):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(data.UserError, match=words):
+            call(genesets.main, monkeypatch, tmp_path / "bad.csv", "--out", tmp_path / "none.jsonl")
+
+
+OBO = "\n".join(f"[Term]\nid: {i}\nname: {name}\nnamespace: {space}\n" + "".join(f"is_a: {p} ! x\n" for p in parents) for i, name, space, *parents in (
+    ("GO:0005575", "cellular_component", "cellular_component"), ("GO:0003674", "molecular_function", "molecular_function"),
+    ("GO:0016020", "membrane", "cellular_component", "GO:0005575"), ("GO:0005634", "nucleus", "cellular_component", "GO:0005575"),
+    ("GO:9000001", "inner membrane", "cellular_component", "GO:0016020"), ("GO:0003700", "transcription factor", "molecular_function", "GO:0003674"),
+    ("GO:9000002", "binding", "molecular_function", "GO:0003674"))) + "[Term]\nid: GO:9000003\nname: nucleolus\nnamespace: cellular_component\nrelationship: part_of GO:0005634 ! n\n"
+
+
+def test_gene_labels(tmp_path, monkeypatch):
+    (tmp_path / "go.obo").write_text(OBO)
+    annotations = [("A", "", "GO:9000001", "IEA"), ("A", "", "GO:9000002", "IDA"), ("B", "", "GO:9000003", "IDA"), ("B", "", "GO:0003700", "IDA"),
+                   ("C", "", "GO:0005575", "ND"), ("C", "", "GO:0003674", "ND"), ("D", "", "GO:0005634", "IDA"), ("D", "NOT", "GO:0016020", "IDA"),
+                   ("E", "", "GO:9000001", "IDA"), ("E", "NOT", "GO:0016020", "IMP"), ("F", "NOT", "GO:0005634", "IDA")]
+    (tmp_path / "x.gaf").write_text("!gaf-version: 2.1\n" + "".join(
+        "\t".join(["U", "id", gene, qualifier, term, "PMID:1", code, "", "C", "", "", "protein", "taxon:9606", "", ""]) + "\n" for gene, qualifier, term, code in annotations))
+    call(gene_labels.main, monkeypatch, "--obo", tmp_path / "go.obo", "--gaf", tmp_path / "x.gaf", "--out", tmp_path / "out")
+    found = {p.stem: {x["gene"]: x["label"] for x in data.load_items(p, gene="text", label="label")} for p in (tmp_path / "out").iterdir()}
+    assert found == {"membrane": {"A": 1, "B": 0, "D": 0}, "nucleus": {"A": 0, "B": 1, "D": 1, "E": 0}, "transcription_factor": {"A": 0, "B": 1}}
+    (tmp_path / "go.obo").write_text(OBO.replace("GO:0003700", "GO:0003701"))
+    with pytest.raises(SystemExit, match="no term GO:0003700"):
+        call(gene_labels.main, monkeypatch, "--obo", tmp_path / "go.obo", "--gaf", tmp_path / "x.gaf", "--out", tmp_path / "no")
 
 
 def test_a_users_mistake_is_one_line(tmp_path):
