@@ -544,6 +544,13 @@ MEASURES = {
 }
 
 
+def measures(task, encoders=()):
+    """What the rows of a task's table show, a list of MEASURES."""
+    return MEASURES.get(task, []) + [(f"{key} {name}", f"{heading}, {name}", None, percent) for name in encoders for
+                                     key, heading, percent in (("cosine", "cosine similarity", False), (
+                                         "percentile", "percentile of the true name", True)) if task == "process"]
+
+
 def summarise(measures, results):
     """Rows of the table of one task: results {column: [items, ...]}, the scores of each seed, over the same items in
     every column. measures: a list of MEASURES. Each row: group, measure, heading, n, percent, and what `compare` gives.
@@ -1152,7 +1159,8 @@ def read_genes(file, **keys):
     return genes
 
 
-def main():
+def arguments():
+    """The arguments of the command line. Raises UserError."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", help="runs, model directories or Hugging Face repository ids; a pattern "
                         "in quotes, 'runs/bft-s*', is one column: several seeds of one objective")
@@ -1218,6 +1226,12 @@ def main():
     out = Path(args.out).resolve()
     if not os.access(out.parent, os.W_OK | os.X_OK) or out.is_dir():
         raise UserError(f"--out {args.out}: expected a file in a directory that is there and can be written to")
+    return args
+
+
+def main():
+    args = arguments()
+    tasks = set(args.tasks)
     if args.tasks == ["plot"]:
         for path in plot(args.models, args.out):
             print(f"picture: {path}")
@@ -1316,31 +1330,32 @@ def main():
         return
     output = {"models": columns, "tasks": []}
     for i, (task, file) in jobs:
-        entry, measures, result = {"task": task, "data": file}, MEASURES.get(task, []), results[i]
+        entry, result = {"task": task, "data": file}, results[i]
         if task == "choice":
-            entry |= {"layout": layouts[i], "chat": args.chat}
+            answers = [x["answer"] for x in items[i]]
+            entry |= {"layout": layouts[i], "chat": args.chat,
+                      "majority": max(map(answers.count, set(answers))) / len(answers)}
         if task == "process":
             result = process_items(items[i], further, result, encoders)
-            measures = measures + [(f"{key} {name}", f"{heading}, {name}", None, percent) for name in encoders
-                                   for key, heading, percent in (("cosine", "cosine similarity", False),
-                                                                 ("percentile", "percentile of the true name", True))]
         if task == "profile":
-            genes = [x["gene"] for x in items[i]]
-            features = profile_features(genes, given, result, columns, encoders)
+            genes, written = [x["gene"] for x in items[i]], result
+            features = profile_features(genes, given, written, columns, encoders)
             entry["rows"], entry["properties"] = profile_rows(genes, folds[i], features)
             result = {path: [{"line": x["line"], "gene": x["gene"], "text": text} for x, text in zip(items[i], texts)]
-                      for path, (texts, _) in result.items()}
+                      for path, (texts, _) in written.items()}
         else:
-            entry["rows"] = summarise(measures, {name: [result[path] for path in paths]
-                                                 for name, paths in columns.items()})
+            entry["rows"] = summarise(measures(task, encoders), {name: [result[path] for path in paths]
+                                                                 for name, paths in columns.items()})
         output["tasks"].append({**entry, "items": result})
         if task == "inspect":
-            write_whole(out.with_suffix(".html"), [inspect_page(result, args.group_size).encode(errors="replace")])
-            print(f"page: {Path(args.out).with_suffix('.html')}")
-    write_whole(out, [json.dumps(output, indent=1).encode()])
+            page = Path(args.out).with_suffix(".html")
+            write_whole(page, [inspect_page(result, args.group_size).encode(errors="replace")])
+            print(f"page: {page}")
+    write_whole(Path(args.out), [json.dumps(output, indent=1).encode()])
     for t in output["tasks"]:
+        how = "" if t["task"] != "choice" else f", {t['layout']} layout, {'chat format' if t['chat'] else 'plain'}; always " \
+            f"the most frequent answer: acc {t['majority']:.1%}"
         if t["rows"]:
-            how = f", {t['layout']} layout, {'chat format' if t['chat'] else 'plain'}" if t["task"] == "choice" else ""
             print_table(t["rows"], f"{t['task']}: {t['data']}{how}")
     print("\nIn brackets 95% intervals: of one model over items, of several seeds over seeds; of a difference over the "
           f"same items of both.\nper-item scores: {args.out}")
