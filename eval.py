@@ -1353,8 +1353,8 @@ def main():
             print(f"page: {page}")
     write_whole(Path(args.out), [json.dumps(output, indent=1).encode()])
     for t in output["tasks"]:
-        how = "" if t["task"] != "choice" else f", {t['layout']} layout, {'chat format' if t['chat'] else 'plain'}; always " \
-            f"the most frequent answer: acc {t['majority']:.1%}"
+        how = "" if t["task"] != "choice" else f", {t['layout']} layout, {'chat format' if t['chat'] else 'plain'} " \
+            f"(always the most frequent answer: {t['majority']:.1%})"
         if t["rows"]:
             print_table(t["rows"], f"{t['task']}: {t['data']}{how}")
     print("\nIn brackets 95% intervals: of one model over items, of several seeds over seeds; of a difference over the "
