@@ -316,7 +316,7 @@ def similarities(named, candidates, truth):
     """(cosine of each name with the true one (S,), its percentile (S,): the share of the *other* candidates that are
     less similar to the name, equal ones by half). named (S, d), candidates (C, d), truth (S,) indices of candidates."""
     unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (named, candidates)]
-    cosines = unit[0] @ unit[1].T                                         # (S, C)
+    cosines = (unit[0] @ unit[1].T).round(9)                              # (S, C); rounded, or equal ones may differ
     true = cosines[np.arange(len(truth)), truth]
     less = (cosines < true[:, None]).sum(1) + ((cosines == true[:, None]).sum(1) - 1) / 2
     return true, less / max(1, len(candidates) - 1)
