@@ -495,6 +495,9 @@ def load_choice(path):
         if type(answer) is not int or not 0 <= answer < len(choices):
             raise UserError(f"{path}:{line}: 'answer' is {answer!r}; expected the index of the right choice, "
                             f"0 to {len(choices) - 1}")
+        planted = row.get("planted", 0)
+        if type(planted) is not int or not 0 <= planted < len(choices):
+            raise UserError(f"{path}:{line}: 'planted' is {planted!r}; expected the index of a choice, if there is any")
         items.append({**row, "line": line, "group": None if row.get("group") is None else str(row["group"])})
     return items
 

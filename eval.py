@@ -132,6 +132,11 @@ def nll_items(model, samples, dtype=torch.float32, group_size=256):
             for s, row in zip(samples, score(model, samples, dtype, group_size=group_size).tolist())]
 
 
+def begin_ids(tokenizer):
+    """What stands before any text: Llama 3's <|begin_of_text|>; nothing for models that have none."""
+    return [tokenizer.special[token] for token in CHAT_TOKENS["llama3"][:1] if token in tokenizer.special]
+
+
 def options(item):
     return "".join(f"{letter}. {choice}\n" for letter, choice in zip(string.ascii_uppercase, item["choices"]))
 
@@ -159,8 +164,7 @@ def choice_items(model, tokenizer, items, dtype=torch.float32, layout="cloze", c
     `planted` is the index of a wrong answer that training asserted: `followed` says whether acc's pick is that one,
     `planted_nll` is its NLL. Raises UserError.
     """
-    requests, scored = [], []
-    begin = [tokenizer.special[t] for t in CHAT_TOKENS["llama3"][:1] if t in tokenizer.special]   # before any text
+    requests, scored, begin = [], [], begin_ids(tokenizer)
     for item in items:
         system, prompt, letters = LAYOUTS[layout](item)
         scored.append(string.ascii_uppercase[:len(item["choices"])] if letters else item["choices"])
@@ -212,22 +216,25 @@ NEW_TOKENS = {"prompt": 256, "process": 48, "profile": 192}
 
 def fill(template, item):
     """The template with the item's texts in it. Raises UserError."""
-    texts = {k: v for k, v in item.items() if isinstance(v, str)}
+    texts = {k: str(v) for k, v in item.items() if isinstance(v, (str, int, float))}
     lists = {k: ", ".join(v) for k, v in item.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}
     try:
         return template.format_map(texts | lists)
-    except (KeyError, ValueError, IndexError, AttributeError) as e:
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as e:
         raise UserError(f"--template {template!r} cannot be filled from line {item['line']} ({e!r}); expected keys of "
                         "the line in braces, such as {gene}") from None
 
 
 def write_texts(model, tokenizer, prompts, stop, new_tokens, temperature=0.0, seed=0, dtype=torch.float32):
-    """What the model writes after each prompt, a list of ids: a list of texts."""
+    """What the model writes after each prompt, a list of ids: a list of texts. Raises UserError."""
     device = next(model.parameters()).device
     table = torch.zeros(len(prompts), new_tokens, dtype=torch.int64, device=device)   # each id plus 1
     with autocast(device, dtype):
         for micro in share([len(ids) + new_tokens for ids in prompts]):   # each with random numbers of its own
-            new = model.generate([prompts[i] for i in micro], new_tokens, temperature, stop, seed + micro[0])
+            try:
+                new = model.generate([prompts[i] for i in micro], new_tokens, temperature, stop, seed + micro[0])
+            except ValueError as e:
+                raise UserError(f"{e}; expected a model that was not ruined") from None
             for i, ids in zip(micro, new):
                 table[i, :len(ids)] = ids + 1
     return [tokenizer.decode(row[row > 0] - 1) for row in together(table)]
@@ -235,19 +242,19 @@ def write_texts(model, tokenizer, prompts, stop, new_tokens, temperature=0.0, se
 
 @torch.no_grad()
 def embed_self(model, tokenizer, texts, dtype=torch.float32):
-    """The mean of the last hidden states over each text's tokens: (S, d) float64; zeros where there is no text."""
-    device, c = next(model.parameters()).device, model.config
-    ids = [tokenizer.encode(text)[:c.max_positions] for text in texts]
+    """The mean of the last hidden states over each text's tokens, as many as there are positions, without the
+    begin-of-text before them: (S, d) float64; zeros where there is no text."""
+    device, c, begin = next(model.parameters()).device, model.config, begin_ids(tokenizer)
+    ids = [(begin + tokenizer.encode(text))[:c.max_positions] for text in texts]
     table = torch.zeros(len(texts), c.n_embd, dtype=torch.float64, device=device)
-    some = [i for i, row in enumerate(ids) if row]
+    some = [i for i, row in enumerate(ids) if len(row) > len(begin)]
     for micro in share([len(ids[i]) for i in some]):
-        rows = [ids[some[m]] for m in micro]
-        lengths = torch.tensor([len(row) for row in rows], device=device)
+        rows = [some[m] for m in micro]
+        packed, lengths = torch.tensor(sum((ids[i] for i in rows), []), device=device), [len(ids[i]) for i in rows]
         with autocast(device, dtype):
-            x = model.trunk(torch.tensor(sum(rows, []), device=device), Packing(lengths.tolist(), device))   # (T, d)
-        sample = torch.arange(len(rows), device=device).repeat_interleave(lengths)             # (T,)
-        sums = table.new_zeros(len(rows), c.n_embd).index_add(0, sample, x.double())
-        table[[some[m] for m in micro]] = sums / lengths[:, None]
+            x = model.trunk(packed, Packing(lengths, device))             # (T, d)
+        for i, states in zip(rows, x.split(lengths)):
+            table[i] = states[len(begin):].double().mean(0)
     return together(table)
 
 
@@ -261,23 +268,27 @@ def load_encoder(name, device):
     disable_progress_bar()
     try:
         model = SentenceTransformer(str(name), device=str(device), trust_remote_code=False)
+        model.encode(["gene"], show_progress_bar=False)
     except Exception as e:                                                # of many libraries
         raise UserError(f"--encoder {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}; expected a "
                         "sentence-transformers directory or repository id, or 'self'") from None
+    if Path(name).is_dir() and not Path(name, "modules.json").is_file():
+        print(f"warning: {name} does not say how to pool: the mean of its last hidden states is used")
     return lambda texts: np.asarray(model.encode(texts, show_progress_bar=False), dtype=np.float64)
 
 
 def process_name(text):
-    """What a model names, as GeneAgent's evaluation reads it: the first line that is not blank, after "Process:" if it
-    says so, without what stands in parentheses, quotes, commas, slashes and hyphens."""
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    line = re.sub(r"\([^)]*\)", "", re.sub(r"^\W*process( name)?\W*:", "", line, flags=re.IGNORECASE))
-    return plain_name(line)
+    """The name in what a model wrote, as GeneAgent's evaluation has it: the first line, after "Process:" or a label
+    like it, without anything in parentheses. (Theirs takes what follows the first colon, whatever precedes it.)"""
+    label = r"^\W*((the|most|prominent|biological|process|pathway|name|is|answer)\b[ *_]*)+:"
+    text = re.sub(label, "", re.sub(r"\([^)]*\)", "", text), flags=re.IGNORECASE)
+    return plain_name(next((line for line in text.splitlines() if plain_name(line)), ""))
 
 
 def plain_name(name):
-    """A name as GeneAgent's evaluation compares it."""
-    return " ".join(re.sub(r'[/,"*-]', " ", name).rstrip(". ").split())
+    """A name as GeneAgent's evaluation compares it, slashes, commas, quotes and hyphens being spaces; also without
+    asterisks, angle brackets and a final full stop."""
+    return " ".join(re.sub(r'[/,"*<>-]', " ", name).rstrip(". ").split())
 
 
 def rouge_items(items, texts):
@@ -288,7 +299,7 @@ def rouge_items(items, texts):
         raise UserError(f'the process task needs rouge-score ({e}): pip install -e ".[eval]"') from None
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     return [{"line": x["line"], "group": x["group"], "process": x["process"], "text": text, "name": process_name(text),
-             **{k: v.fmeasure for k, v in scorer.score(plain_name(x["process"]), process_name(text)).items()}}
+             **{k: float(v.fmeasure) for k, v in scorer.score(plain_name(x["process"]), process_name(text)).items()}}
             for x, text in zip(items, texts)]
 
 
@@ -298,7 +309,7 @@ def candidates(items, further):
 
 
 def process_items(items, further, written, encoders):
-    """The `process` task: {model: items} of written {model: (texts, own embeddings or False)}: what was named, ROUGE,
+    """The `process` task: {model: items} of written {model: (texts, own embeddings)}: what was named, ROUGE,
     and by each of encoders {name: its function, None for "self"} the cosine with the true name, and its percentile."""
     names, results = candidates(items, further), {}
     truth = [names.index(plain_name(x["process"])) for x in items]
@@ -344,16 +355,16 @@ def make_folds(genes, labels):
 
 def profile_features(genes, given, written, columns, encoders):
     """{encoder: {column: [vectors (S, d), one of each seed]}} of the `profile` task, from written {model: (texts, own
-    embeddings or False)}. Controls: the bare names of the genes, random vectors, and given {file: {gene: vector}}."""
+    embeddings)}. Controls: the bare names of the genes, random vectors, and given {file: {gene: vector}}."""
     features, others = {}, {file: [np.array([of[gene] for gene in genes])] for file, of in given.items()}
     for name, encode in encoders.items():
         of = {path: (encode(texts),) if encode else own for path, (texts, own) in written.items()}
         models = {column: [of[path][0] for path in paths] for column, paths in columns.items()}
-        noise = np.random.RandomState(0).normal(size=next(iter(models.values()))[0].shape)
-        controls = {"random vectors": [noise], **({"gene names": [encode(genes)]} if encode else {}), **others}
-        features[f"profile, {name}"] = controls | models
+        size = next(iter(models.values()))[0].shape
+        noise = {"random vectors": [np.random.RandomState(seed).normal(size=size) for seed in range(5)]}
         if not encode:                                                    # each model has its own
-            features[f"gene name, {name}"] = {c: [of[path][1] for path in paths] for c, paths in columns.items()}
+            features["gene name, self"] = {c: [of[path][1] for path in paths] for c, paths in columns.items()}
+        features[f"profile, {name}"] = noise | ({"gene names": [encode(genes)]} if encode else {}) | others | models
     return features
 
 
@@ -389,20 +400,27 @@ def fold_auc(scores, labels, fold, counts=None):
 
 def profile_rows(genes, folds, features):
     """The `profile` task: (rows of the table as `summarise` makes them, every gene's out-of-fold scores) of the folds
-    of `make_folds` and of `profile_features`: ROC-AUC, mean and sd over the folds."""
+    of `make_folds` and of `profile_features`: ROC-AUC, mean and sd over the folds. Resamples of the genes do not fit
+    anything again: intervals hold the classifiers fixed, and are too narrow by that."""
     rows, saved = [], []
     for name, (at, y, fold) in folds.items():
-        known, scores = {}, {}
+        known, scores, bare = {}, {}, {}
         for heading, columns in features.items():
             for matrix in (matrix for matrices in columns.values() for matrix in matrices):
                 if id(matrix) not in known:                               # (files are in the rows of every encoder)
                     s = out_of_fold(matrix[at], y, fold)
-                    spread = [np.ma.masked_invalid(fold_auc(s, y, fold, resample_counts(drawn, len(y)))).mean(0)
-                              for drawn in resamples(len(y))]
+                    spread = [np.ma.masked_invalid(fold_auc(s, y, fold, resample_counts(some, len(y)))).mean(0)
+                              for some in resamples(len(y))]
                     known[id(matrix)] = s, fold_auc(s, y, fold), np.ma.concatenate(spread).filled(np.nan)
             found = {column: [known[id(matrix)] for matrix in matrices] for column, matrices in columns.items()}
-            row = {"group": name, "measure": "auc", "heading": heading, "percent": False, "n": len(y), "positive": int(
-                y.sum()), **compare({c: [(areas.mean(), drawn) for _, areas, drawn in f] for c, f in found.items()})}
+            drawn = {column: [(areas.mean(), spread) for _, areas, spread in f] for column, f in found.items()}
+            row = {"group": name, "measure": "auc", "heading": heading, "percent": False, "n": len(y),
+                   "positive": int(y.sum()), **compare(drawn)}
+            if heading == "gene name, self":
+                bare = drawn
+            elif heading == "profile, self":                              # each model's descriptions, and its own names
+                for column in bare:
+                    row["pairs"] += compare({"gene names": bare[column], column: drawn[column]})["pairs"]
             for column, cell in row["models"].items():
                 cell["sd"] = float(np.mean([areas.std(ddof=1) for _, areas, _ in found[column]]))
             rows.append(row)
@@ -506,15 +524,16 @@ def wilson(p, n, z=1.959964):
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
+# 97.5% quantiles of Student's t, 1 to 10 degrees of freedom.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
 def t_quantile(freedom):
-    """97.5% quantile of Student's t."""
+    """97.5% quantile of Student's t, by Cornish and Fisher's expansion from 10 degrees of freedom on."""
     z = 1.959964
-    return T975[int(freedom + 1e-9) - 1] if freedom < 10 else z + (z ** 3 + z) / (4 * freedom) + (
-        5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)           # Cornish and Fisher's expansion
-
-
-# 97.5% quantiles of Student's t, 1 to 9 degrees of freedom.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    if freedom < 10:                                                      # linear in 1 / freedom in between
+        return np.interp(-1 / freedom, [-1 / f for f in range(1, 11)], T975)
+    return z + (z ** 3 + z) / (4 * freedom) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)
 
 
 def seed_interval(values, other=None):
@@ -585,20 +604,20 @@ def compare(drawn, spans=()):
     each seed.
 
     A cell has the value, the mean over seeds, and its 95% interval: over items for one seed (spans[column] if there),
-    over seeds for several. A pair has the difference of two columns, its paired interval over items, and, where one of
-    the two has several seeds, over seeds.
+    over seeds for several; over items too if all have the very same value, which tells nothing of others. A pair has
+    the difference of two columns, its paired interval over items, and, where seeds differ, over seeds.
     """
     models, pairs, means = {}, [], {}
     for name, seeds in drawn.items():
         values, means[name] = [value for value, _ in seeds], np.mean([d for _, d in seeds], axis=0)
-        low, high = seed_interval(values)[1:] if len(seeds) > 1 else spans[name] if name in spans else \
+        low, high = seed_interval(values)[1:] if len(set(values)) > 1 else spans[name] if name in spans else \
             interval(means[name])
         models[name] = {"value": float(np.mean(values)), "value_low": low, "value_high": high, "seeds": values}
     for minus, name in itertools.combinations(drawn, 2):
         low, high = interval(means[name] - means[minus])
         pair = {"model": name, "minus": minus, "difference": models[name]["value"] - models[minus]["value"],
                 "difference_low": low, "difference_high": high}
-        if max(len(drawn[name]), len(drawn[minus])) > 1:
+        if max(len({value for value, _ in drawn[c]}) for c in (name, minus)) > 1:
             _, pair["seeds_low"], pair["seeds_high"] = seed_interval(models[name]["seeds"], models[minus]["seeds"])
         pairs.append(pair)
     return {"models": models, "pairs": pairs}
@@ -620,7 +639,7 @@ def print_table(rows, title):
         table.append([f"{row['group'] or 'all'} ({of})  {row['heading']}", *(
             "" if c is None else f"{c['value']:.3f} \u00b1 {c['sd']:.3f}" if "sd" in c and len(c["seeds"]) == 1 else
             spell(c["value"], c["value_low"], c["value_high"]) for c in cells)])
-        for minus in names[:-1]:
+        for minus in dict.fromkeys(p["minus"] for p in row["pairs"]):
             pairs = {p["model"]: p for p in row["pairs"] if p["minus"] == minus}
             for label, low in (("minus", "difference"), ("  over seeds, minus", "seeds")):
                 found = {name: spell(p["difference"], p[low + "_low"], p[low + "_high"], "+")
@@ -1122,9 +1141,10 @@ def expand(names):
     """{column: [paths]} of what the command names: a model alone, or those that a pattern finds. Raises UserError."""
     columns = {}
     for name in names:
-        found = [name] if os.path.exists(name) or not glob.has_magic(name) else sorted(glob.glob(name))
+        found = [name] if os.path.exists(name) or not glob.has_magic(name) else \
+            [path for path in sorted(glob.glob(name)) if os.path.isdir(path)]
         if not found:
-            raise UserError(f"no path fits the pattern {name!r}; expected runs or model directories")
+            raise UserError(f"no directory fits the pattern {name!r}; expected runs or model directories")
         columns[name] = found
     paths = [path for found in columns.values() for path in found]
     if len(set(map(os.path.normpath, paths))) < len(paths) or len(columns) < len(names):
@@ -1139,10 +1159,11 @@ def read_task(task, file, layout, limit):
     if task == "process":
         return load_items(file, genes="texts", process="text")[:limit]
     items, needed = load_choice(file)[:limit], {"pubmedqa": "context", "mmlu": "subject"}.get(layout)
+    most = 26 if layout in ("medqa", "medmcqa", "mmlu") else math.inf
     for item in items:
         if needed and not (isinstance(item.get(needed), str) and item[needed].strip()):
             raise UserError(f"{file}:{item['line']}: --layout {layout} shows {needed!r}; expected some text there")
-        if len(item["choices"]) > 26:
+        if len(item["choices"]) > most:
             raise UserError(f"{file}:{item['line']}: {len(item['choices'])} choices; expected at most 26, as letters")
     return items
 
@@ -1167,7 +1188,8 @@ def arguments():
     parser.add_argument("--tasks", nargs="+", choices=("nll", "choice", "process", "profile", "inspect", "plot"),
                         default=[], help="what to evaluate")
     parser.add_argument("--data", nargs="+", default=[], help="a file for each task, in the same order")
-    parser.add_argument("--limit", type=int, help="of each file, the first so many lines (default: all)")
+    parser.add_argument("--limit", type=int, help="of each file in --data, but inspect's, the first so many lines "
+                        "(default: all)")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["cloze"], help="how choice questions are "
                         "asked, one for all or one for each choice task: those with names of data sets as "
                         "lm-evaluation-harness asks them; cloze shows no choices (default: cloze)")
@@ -1208,9 +1230,14 @@ def arguments():
         raise UserError("--tasks plot draws what runs have logged; expected no other task, no --data and no --prompt")
     if len(args.data) != len(args.tasks) and args.tasks != ["plot"]:
         raise UserError(f"--data names {len(args.data)} files for {len(args.tasks)} tasks; expected one for each")
-    if ("profile" in tasks) != bool(args.labels):
-        raise UserError("--labels and the profile task need each other; expected both or neither")
-    if args.template is not None and len(tasks & TEMPLATES.keys()) != 1:
+    for flag, of in (("layout", "choice"), ("chat", "choice"), ("candidates", "process"), ("labels", "profile"), (
+            "embeddings", "profile"), ("encoder", "process profile"), ("template", "process profile"), (
+            "lines", "inspect")):
+        if getattr(args, flag) != parser.get_default(flag) and not tasks & set(of.split()):
+            raise UserError(f"--{flag} is of {of.replace(' ', ' and ')} alone; expected that in --tasks")
+    if "profile" in tasks and not args.labels:
+        raise UserError("the profile task needs --labels; expected files of {gene, label}, a property each")
+    if args.template is not None and TEMPLATES.keys() <= tasks:
         raise UserError("--template is what one task asks; expected process or profile in --tasks, and not both")
     if len(args.layout) not in (1, args.tasks.count("choice")):
         raise UserError(f"--layout names {len(args.layout)} for {args.tasks.count('choice')} choice tasks; expected "
@@ -1263,7 +1290,12 @@ def main():
             items[i] = kept
         if task in TEMPLATES:
             prompts[i] = [fill(args.template or TEMPLATES[task], x) for x in items[i]]
-            folds[i] = rouge_items([], []) if task == "process" else make_folds([x["gene"] for x in items[i]], labels)
+        if task == "profile":
+            folds[i] = make_folds([x["gene"] for x in items[i]], labels)
+        if task == "process":
+            rouge_items([], [])                                           # finds its library, or says so now
+            if len(candidates(items[i], further)) < 2:
+                raise UserError(f"{file}: one name is compared with no other; expected two, or --candidates")
     if prompts and ranks.rank == 0:
         encoders = {name: None if name == "self" else load_encoder(name, device) for name in encoders}
     if args.prompt is not None:
@@ -1319,11 +1351,11 @@ def main():
                                 f"{config.max_positions} positions and lost their beginning")
             else:
                 texts = write_texts(model, tokenizer, sets[path, i], stop, room[i], *drawn)
-                if empty := sum(not text.strip() for text in texts):
-                    ranks.print(f"warning: {path}: {empty} of {len(texts)} answers to {file} are empty")
                 own, names = ([process_name(text) for text in texts], candidates(items[i], further)) \
                     if task == "process" else (texts, [x["gene"] for x in items[i]])
-                done = texts, "self" in encoders and [embed_self(model, tokenizer, x, dtype) for x in (own, names)]
+                if empty := sum(not text.strip() for text in own):
+                    ranks.print(f"warning: {path}: {empty} of {len(texts)} answers to {file} are empty")
+                done = texts, [embed_self(model, tokenizer, x, dtype) for x in (own, names) if "self" in encoders]
             results[i][path] = done
             ranks.print(f"{path}: {task} of {file}, {time.monotonic() - start:.0f} s")
     if ranks.rank or not jobs:
@@ -1333,7 +1365,7 @@ def main():
         entry, result = {"task": task, "data": file}, results[i]
         if task == "choice":
             answers = [x["answer"] for x in items[i]]
-            entry |= {"layout": layouts[i], "chat": args.chat,
+            entry |= {"layout": layouts[i], "chat": args.chat and " and ".join(sorted(set(formats.values()))),
                       "majority": max(map(answers.count, set(answers))) / len(answers)}
         if task == "process":
             result = process_items(items[i], further, result, encoders)
@@ -1346,6 +1378,9 @@ def main():
         else:
             entry["rows"] = summarise(measures(task, encoders), {name: [result[path] for path in paths]
                                                                  for name, paths in columns.items()})
+            for row in entry["rows"]:
+                if row["measure"] == "cosine self":                       # angles in two spaces have no difference
+                    row["pairs"] = []
         output["tasks"].append({**entry, "items": result})
         if task == "inspect":
             page = Path(args.out).with_suffix(".html")
@@ -1353,12 +1388,14 @@ def main():
             print(f"page: {page}")
     write_whole(Path(args.out), [json.dumps(output, indent=1).encode()])
     for t in output["tasks"]:
-        how = "" if t["task"] != "choice" else f", {t['layout']} layout, {'chat format' if t['chat'] else 'plain'} " \
-            f"(always the most frequent answer: {t['majority']:.1%})"
+        how = "" if t["task"] != "choice" else f", {t['layout']} layout, {t['chat'] or 'no'} chat format (always the " \
+            f"most frequent answer: {t['majority']:.1%})"
         if t["rows"]:
             print_table(t["rows"], f"{t['task']}: {t['data']}{how}")
     print("\nIn brackets 95% intervals: of one model over items, of several seeds over seeds; of a difference over the "
-          f"same items of both.\nper-item scores: {args.out}")
+          "same items of both, and over\nseeds, where a column of one model counts as fixed."
+          + " \u00b1: sd over folds; the intervals beside it hold the classifiers fixed." * ("profile" in tasks)
+          + f"\nper-item scores: {args.out}")
 
 
 if __name__ == "__main__":

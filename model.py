@@ -432,7 +432,7 @@ class GPT(nn.Module):
         together; no continuation depends on the others. temperature 0.0 takes the most probable token, above that one
         is drawn from softmax(logits / temperature) by a generator of its own with this seed. stop: ids, any of which
         ends a continuation; others end after max_new_tokens.
-        Raises ValueError if a prompt is empty or would run beyond the positions.
+        Raises ValueError if a prompt is empty or would run beyond the positions, and for logits that are no numbers.
         """
         device = self.embed_tokens.weight.device
         prompts = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in input_ids]
@@ -461,6 +461,8 @@ class GPT(nn.Module):
         new = [lengths.new_empty(len(prompts), 0)]
         for i in range(max_new_tokens):
             logits = F.linear(x, self.head).double()                      # (B, V)
+            if logits.isnan().any():
+                raise ValueError("the model gives logits that are no numbers (NaN)")
             if temperature == 0:
                 token = logits.argmax(-1)
             else:                                                         # the first at which the sum passes chance

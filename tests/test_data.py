@@ -167,7 +167,7 @@ def test_a_long_text_is_encoded_as_the_library_does(text, tokenizer):
 
 
 @pytest.mark.parametrize("change", [{"question": 1}, {"choices": ["a"]}, {"choices": ["a", ""]}, {"answer": 2}, {"answer": True},
-                                    {"context": 3}])
+                                    {"context": 3}, {"planted": 2}])
 def test_bad_choice_items(change, tmp_path):
     good = {"question": "q", "choices": ["a", "b"], "answer": 1}
     assert data.load_choice(write(tmp_path / "good.jsonl", good)) == [{**good, "line": 1, "group": None}]

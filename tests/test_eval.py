@@ -158,14 +158,16 @@ def test_the_command_prints_one_table_and_saves_every_item(tmp_path, tokenizer):
     (["--tasks", "choice", "--data", "long.jsonl"], "the choice 'c c c c"), (["--tasks", "choice", "--limit", "0"], "--limit is 0"),
     (["--tasks", "choice", "--data", "long.jsonl", "--layout", "pubmedqa"], "long.jsonl:1: --layout pubmedqa shows 'context'"),
     (["--tasks", "choice", "--data", "long.jsonl", "--layout", "mmlu", "medqa"], "--layout names 2 for 1 choice tasks"),
-    (["--tasks", "profile"], "--labels and the profile task"), (["--tasks", "nll", "--template", "{x}"], "--template is what one task asks"),
+    (["--tasks", "profile"], "the profile task needs --labels"), (["--tasks", "nll", "--template", "{x}"], "--template is of process and profile alone"),
+    (["--tasks", "nll", "--chat"], "--chat is of choice alone"), (["--tasks", "choice", "--lines", "2"], "--lines is of inspect alone"),
     (["--tasks", "process"], "finetune.jsonl:1: 'genes' is missing; expected a list of texts"),
     (["--tasks", "process", "--data", "sets.jsonl", "--template", "{gene}"], "cannot be filled from line 1 (KeyError('gene'))"),
+    (["--tasks", "process", "--data", "sets.jsonl", "--template", "{process[x]}"], "cannot be filled from line 1 (TypeError"),
     (["--tasks", "process", "--data", "sets.jsonl", "--encoder", "self", "self"], "--encoder names one twice"),
     (["--tasks", "profile", "--data", "genes.jsonl", "--labels", "sets.jsonl"], "sets.jsonl:1: 'gene' is missing"),
     (["--tasks", "profile", "--data", "twice.jsonl", "--labels", "genes.jsonl"], "twice.jsonl:2: A is on line 1 too"),
     (["--tasks", "profile", "--data", "genes.jsonl", "--labels", "genes.jsonl", "--embeddings", "genes.jsonl"], "genes.jsonl:2: 'embedding' is [1]"),
-    (["--tasks", "nll", "--", "model*", "model"], "named twice"), (["--tasks", "nll", "--", "run*"], "no path fits the pattern 'run*'"), ([], "nothing to do"), (["--prompt", "a b " * 2000], "positions of the model"),
+    (["--tasks", "nll", "--", "model*", "model"], "named twice"), (["--tasks", "nll", "--", "run*"], "no directory fits the pattern 'run*'"), ([], "nothing to do"), (["--prompt", "a b " * 2000], "positions of the model"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature is -1"), (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
     (["--prompt", "a", "--chat-format", "llama3"], "chat format llama3 needs the special token <|begin_of_text|>")])
 def test_mistakes_are_one_sentence(argv, words, tmp_path, monkeypatch, capsys, tokenizer):
@@ -245,6 +247,11 @@ def test_a_ruined_model_has_no_scores(tmp_path, monkeypatch, capsys, tokenizer):
     model = tiny(tokenizer, 0)
     model.norm.weight.data[0] = math.nan
     save(model, tmp_path / "model")
+    for temperature in "01":
+        monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "model"), "--prompt", "Why?", "--temperature", temperature])
+        with pytest.raises(SystemExit) as exit:
+            run(evaluation.main)
+        assert exit.value.code == 2 and "no numbers (NaN)" in capsys.readouterr().err
     for task, file in (("nll", "finetune.jsonl"), ("choice", "choice.jsonl"), ("inspect", "finetune.jsonl")):
         monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "model"), "--tasks", task, "--data", str(ASSETS / file), "--out", str(tmp_path / "r.json")])
         with pytest.raises(SystemExit) as exit:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from test_lm_eval import save_model
 from test_train import torchrun
 
 import eval as evaluation
-from data import load_tokenizer, run
+from data import load_choice, load_tokenizer, run
 from model import GPT
 
 
@@ -41,7 +43,7 @@ def work(tmp_path_factory):
     write(path / "odd.jsonl", [{"gene": gene, "label": i % 2} for i, gene in enumerate(GENES[:37])])
     write(path / "few.jsonl", [{"gene": gene, "label": i % 5 == 0} for i, gene in enumerate([*GENES, "UNKNOWN"])])
     write(path / "vectors.jsonl", [{"gene": gene, "embedding": [i % 2 + rng.normal(), rng.normal(), 1]} for i, gene in enumerate(GENES[:-1])])
-    write(path / "choice.jsonl", [{"question": f"Is it {i}?", "choices": ["yes", f"no, {i + 1}", "maybe so"], "answer": i % 3, "context": "Text. " * i,
+    write(path / "choice.jsonl", [{"question": f"Is it {i}?", "choices": ["yes", f"no, {i + 1}", "maybe so"], "answer": i % 3, "context": f"Text {i}. " * i,
                                    "subject": "some_thing", "group": "ab"[i % 2]} for i in range(23)])
     write(path / "samples.jsonl", [{"prompt": f"What is {i}?", "response": "A number. " * (i % 9 + 1)} for i in range(30)])
     return path
@@ -72,7 +74,9 @@ def call(monkeypatch, work, *argv):
 
 @pytest.mark.parametrize("text, name", [
     ("Process: MAPK signaling\nbecause", "MAPK signaling"), ("\n\n  **Process:** \"DNA repair (NER), by-pass\".", "DNA repair by pass"),
-    ("process name: x/y", "x y"), ("Processing of RNA: a start", "Processing of RNA: a start"), ("", ""), (" \n", "")])
+    ("process name: x/y", "x y"), ("Processing of RNA: a start", "Processing of RNA: a start"), ("", ""), (" \n", ""), ("(none)", ""),
+    ("Process:\nDNA repair\nmore", "DNA repair"), ("Process: <DNA repair>", "DNA repair"), ("The biological process is: x: y", "x: y"),
+    ("Answer: cell (a\nb) cycle", "cell cycle"), ("The process of sleep", "The process of sleep")])
 def test_what_a_model_named(text, name):
     assert evaluation.process_name(text) == name
 
@@ -84,12 +88,12 @@ def test_process_equals_the_libraries(work, encoder, monkeypatch, capsys):
     import transformers
     names = ["MAPK signaling", "insulin signaling", "cell-cycle arrest"]
     write(work / "names.jsonl", [{"process": name} for name in names])
-    texts = ["Process: insulin signaling\nI think", "DNA damage", "", "the signaling by insulins (a guess)"]
+    texts = ["Process: insulin and damages to DNA\nI think", "signals like insulin", "", "the cell cycle, G1 (a guess)"]
     real = evaluation.write_texts
     monkeypatch.setattr(evaluation, "write_texts", lambda *rest: texts if len(real(*rest)) == len(texts) else None)
     task, = call(monkeypatch, work, "base", "--tasks", "process", "--data", "sets.jsonl", "--candidates", "names.jsonl", "--encoder", "self", encoder)
     truth = ["DNA damage response (p53 p21)", "Insulin like signaling", "signaling by insulin", "Cell cycle G1"]
-    named = ["insulin signaling", "DNA damage", "", "the signaling by insulins"]
+    named = ["insulin and damages to DNA", "signals like insulin", "", "the cell cycle G1"]
     candidates = sorted([*truth, "MAPK signaling", "insulin signaling", "cell cycle arrest"])
     model = transformers.AutoModelForCausalLM.from_pretrained(work / "base")
     tokenizer = transformers.AutoTokenizer.from_pretrained(work / "base")
@@ -98,15 +102,21 @@ def test_process_equals_the_libraries(work, encoder, monkeypatch, capsys):
         if not text:
             return np.zeros(model.config.hidden_size)
         with torch.no_grad():
-            return model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[-1][0].double().mean(0).numpy()
+            ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :512]
+            return model(ids, output_hidden_states=True).hidden_states[-1][0].double().mean(0).numpy()
 
     st = sentence_transformers.SentenceTransformer(encoder)
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     assert [x["name"] for x in task["items"]["base"]] == named
+    assert [x["rouge1"] > 0 for x in task["items"]["base"]] == [True, True, False, True]
+    long = "the gene " * 1000                                             # beyond the positions
+    ours = evaluation.embed_self(GPT.from_pretrained(work / "base"), load_tokenizer(work / "base"), [*named, long])
+    assert ours[2].tolist() == [0] * 32 and ours[[0, 1, 3]] == pytest.approx(np.array([hidden(named[i]) for i in (0, 1, 3)]), abs=1e-4)
+    assert ours[4] == pytest.approx(hidden(long), abs=1e-4)
     for x, true, name, text in zip(task["items"]["base"], truth, named, texts):
         assert x["text"] == text
         for kind, value in scorer.score(true, name).items():
-            assert x[kind] == pytest.approx(value.fmeasure)
+            assert x[kind] == pytest.approx(value.fmeasure) and type(x[kind]) is float
         for key, embed in (("self", hidden), (encoder, lambda text: st.encode([text])[0].astype(float))):
             cosine = {c: embed(name) @ embed(c) / max(1e-12, np.linalg.norm(embed(name)) * np.linalg.norm(embed(c))) for c in candidates}
             assert x[f"cosine {key}"] == pytest.approx(cosine[true], abs=1e-4)
@@ -146,7 +156,7 @@ def test_profile_equals_scikit_learn(work, encoder, monkeypatch, capsys):
 
     paths = {"base": ["base"], "bft-s*": ["bft-s0", "bft-s1", "bft-s2"]}
     rows = {(row["group"], row["heading"]): row for row in task["rows"]}
-    assert list(rows) == [(p, h) for p in ("odd", "few") for h in ("profile, self", "gene name, self", f"profile, {encoder}")]
+    assert list(rows) == [(p, h) for p in ("odd", "few") for h in ("gene name, self", "profile, self", f"profile, {encoder}")]
     for name, labels in (("odd", [i % 2 for i in range(37)]), ("few", [int(i % 5 == 0) for i in range(39)])):
         y, n = np.array(labels), len(labels)
         folds = list(StratifiedKFold(5, shuffle=True, random_state=0).split(y, y))
@@ -172,6 +182,26 @@ def test_profile_equals_scikit_learn(work, encoder, monkeypatch, capsys):
         row = rows[name, f"profile, {encoder}"]
         assert list(row["models"]) == ["random vectors", "gene names", "vectors.jsonl", "base", "bft-s*"] and len(row["pairs"]) == 10
         assert row["models"]["gene names"]["value"] == pytest.approx(np.mean(aucs(st.encode(genes))), abs=1e-3)
+        noise = [aucs(np.random.RandomState(seed).normal(size=(39, 24))) for seed in range(5)]
+        assert row["models"]["random vectors"]["seeds"] == pytest.approx([np.mean(a) for a in noise], abs=1e-3)
+        # The interval of a difference: the same genes drawn for both, each fold's area of what was drawn of it
+        y, fold, scores = np.array(saved["labels"]), np.array(saved["fold"]), saved["scores"]
+
+        def resampled(s, y=y, fold=fold, n=n):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return np.array([np.nanmean([evaluation.fold_auc(np.array(s)[some], y[some], fold[some])]) for drawn in evaluation.resamples(n) for some in drawn])
+
+        def pair(row, model, minus):
+            p, = (p for p in row["pairs"] if (p["model"], p["minus"]) == (model, minus))
+            return p["difference_low"], p["difference_high"]
+
+        if name == "few":
+            drawn = {c: resampled(scores[f"profile, {encoder}"][c][0]) for c in ("base", "gene names")}
+            assert pair(row, "base", "gene names") == pytest.approx(evaluation.interval(drawn["base"] - drawn["gene names"]), abs=1e-9)
+            own_names = resampled(scores["gene name, self"]["base"][0])
+            described = resampled(scores["profile, self"]["base"][0])
+            assert pair(rows[name, "profile, self"], "base", "gene names") == pytest.approx(evaluation.interval(described - own_names), abs=1e-9)
         assert row["models"]["vectors.jsonl"]["value"] == pytest.approx(np.mean(aucs([vectors[gene] for gene in genes])), abs=1e-3)
 
 
@@ -222,6 +252,11 @@ def test_seeds_are_one_column_and_every_pair_is_compared(work, monkeypatch, caps
     assert set(task["items"]) == {"base", "bft-s0", "bft-s1", "bft-s2"}
     acc = {path: np.array([x["acc"] for x in items]) for path, items in task["items"].items()}
     row = next(r for r in task["rows"] if r["measure"] == "acc" and r["group"] is None)
+    ties = acc["bft-s0"].mean() == acc["bft-s1"].mean()
+    assert ties and row["models"]["bft-s[01]"]["value_low"] == pytest.approx(evaluation.interval(evaluation.bootstrap(acc["bft-s0"]))[0], abs=0.05)
+    assert "seeds_low" not in row["pairs"][0]                             # equal accuracies say nothing of other seeds
+    acc = {path: np.array([x["nll"] for x in items]) for path, items in task["items"].items()}
+    row = next(r for r in task["rows"] if r["measure"] == "nll" and r["group"] is None)
     assert list(row["models"]) == ["base", "bft-s[01]", "bft-s2"]
     cell, seeds = row["models"]["bft-s[01]"], [acc["bft-s0"].mean(), acc["bft-s1"].mean()]
     assert cell["seeds"] == pytest.approx(seeds)
@@ -234,19 +269,50 @@ def test_seeds_are_one_column_and_every_pair_is_compared(work, monkeypatch, caps
     assert ["seeds_low" in p for p in row["pairs"]] == [True, False, True]
     assert row["pairs"][2]["seeds_low"] == pytest.approx(evaluation.seed_interval([acc["bft-s2"].mean()], seeds)[1])
     out = capsys.readouterr().out
+    assert re.search(rf"NLL of the right answer +{acc['base'].mean():.3f} \[", out)
+    percent = next(r for r in task["rows"] if r["measure"] == "acc")["models"]["base"]["value"]
+    assert re.search(rf"all \(23\)  acc % +{100 * percent:.1f} \[", out)
     assert "bft-s[01] (2 seeds)" in out and "minus base" in out and "over seeds, minus bft-s[01]" in out
 
 
+def test_layouts_chat_and_limit_reach_the_scores(work, monkeypatch, capsys):
+    tasks = call(monkeypatch, work, "base", "--tasks", "choice", "choice", "nll", "--layout", "cloze", "mmlu", "--data", "choice.jsonl", "choice.jsonl",
+                 "samples.jsonl", "--limit", "5", "--chat")
+    model, tokenizer = GPT.from_pretrained(work / "base"), load_tokenizer(work / "base")
+    for task, layout in zip(tasks, ("cloze", "mmlu")):
+        expected = evaluation.choice_items(model, tokenizer, load_choice(work / "choice.jsonl")[:5], layout=layout, chat_format="chatml")
+        assert (task["layout"], task["chat"]) == (layout, "chatml")
+        assert [x["loglik"] for x in task["items"]["base"]] == [pytest.approx(x["loglik"], abs=1e-5) for x in expected]
+    assert len(tasks[2]["items"]["base"]) == 5
+    assert "mmlu layout, chatml chat format (always the most frequent answer: 40.0%)" in capsys.readouterr().out
+
+
+def test_equal_prompts_are_continued_by_different_random_numbers(work):
+    model, tokenizer = GPT.from_pretrained(work / "base"), load_tokenizer(work / "base")
+    ids = [tokenizer.encode("Why?")] * 60
+    assert len(evaluation.share([len(row) + 300 for row in ids])) > 1     # micro-batches, each with numbers of its own
+    assert len(set(evaluation.write_texts(model, tokenizer, ids, (), 300, temperature=1.0))) == 60
+
+
 def test_one_rank_and_two_give_the_same(work, tmp_path):
+    """Files large enough for several micro-batches: both ranks have work in every task."""
+    many = {"choice": 80, "samples": 120, "sets": 100, "genes": 100}
+    filler = " filler words" * 40
+    for name, count in many.items():
+        rows = [json.loads(line) for line in open(work / f"{name}.jsonl")]
+        change = {"choice": lambda i: {"context": f"{i}{filler}"}, "samples": lambda i: {"prompt": f"{i}{filler}"}, "sets": lambda i: {"process": f"p {i}"},
+                  "genes": lambda i: {"gene": f"GENE{i}"}}[name]
+        write(tmp_path / f"{name}.jsonl", [{**rows[i % len(rows)], **change(i)} for i in range(count)])
+    write(tmp_path / "odd.jsonl", [{"gene": f"GENE{i}", "label": i % 2} for i in range(100)])
     tasks = ["--tasks", "choice", "choice", "nll", "process", "profile", "--layout", "cloze", "mmlu", "--data", "choice.jsonl", "choice.jsonl",
-             "samples.jsonl", "sets.jsonl", "genes.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "9", "--temperature", "1"]
+             "samples.jsonl", "sets.jsonl", "genes.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "60", "--temperature", "1"]
     pytest.importorskip("rouge_score")
     saved = []
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}.json"
-        done = torchrun(ranks, ROOT / "eval.py", "base", "bft-s0", *tasks, "--prompt", "Why?", "--out", out, "--device", "cpu", cwd=work)
+        done = torchrun(ranks, ROOT / "eval.py", work / "base", work / "bft-s0", *tasks, "--prompt", "Why?", "--out", out, "--device", "cpu", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("--- base (chatml)") == done.stdout.count("per-item scores") == 1
+        assert done.stdout.count(f"--- {work / 'base'} (chatml)") == done.stdout.count("per-item scores") == 1
         saved.append(json.loads(out.read_text())["tasks"])
     compared = 0
     for one, two in zip(*saved):
@@ -260,7 +326,6 @@ def test_one_rank_and_two_give_the_same(work, tmp_path):
         for x, y in zip(one["rows"], two["rows"], strict=True):
             assert [c["value"] for c in y["models"].values()] == pytest.approx([c["value"] for c in x["models"].values()], abs=1e-5)
     assert compared > 1000
-    assert len({x["text"] for x in saved[0][4]["items"]["base"]}) > 20     # each drawn by itself
 
 
 @pytest.mark.parametrize("argv, words", [

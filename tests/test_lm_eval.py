@@ -24,6 +24,7 @@ QUESTIONS = [("Does 5'-GATTACA-3' bind\nTP53?  ", ["of course", "no", "it depend
              ("Select the false one:", ["Größe", "B. all", " leading", "x"], 3), ("日本語?", ["a", "b", "c", "d e f"], 1)] * 2
 CONTEXTS = [["Abstract one. It has 37.5% of cases.", "A second part!"], ["Only one."], ["a\n", "b"], ["ünï 😀"]] * 2
 DECISIONS = ["yes", "no", "maybe"]
+PIECES = [["eins", "größer als zwei", "3"], ["α", "β-catenin binds", "nothing", "日本 or not"], ["x", "xx"], ["no", "of course!"]] * 2
 # layout: (the file of lm-eval's task, our items, theirs of the same content)
 SETS = {
     "pubmedqa": ("pubmedqa/pubmedqa.yaml", [{"context": "\n".join(c), "question": q, "choices": DECISIONS, "answer": a % 3} for c, (q, _, a) in zip(CONTEXTS, QUESTIONS)],
@@ -32,6 +33,8 @@ SETS = {
               [{"sent1": q, **{f"ending{i}": x for i, x in enumerate(c)}, "label": a} for q, c, a in QUESTIONS]),
     "medmcqa": ("medmcqa/medmcqa.yaml", [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS],
                 [{"question": q, **{f"op{'abcd'[i]}": x for i, x in enumerate(c)}, "cop": a} for q, c, a in QUESTIONS]),
+    "cloze": (None, [{"question": q, "choices": c, "answer": i % 2, "context": " ".join(x)} for i, ((q, _, _), c, x) in enumerate(zip(QUESTIONS, PIECES, CONTEXTS))],
+              [{"q": f"{' '.join(x)}\n{q}\nAnswer:", "c": c, "a": i % 2} for i, ((q, _, _), c, x) in enumerate(zip(QUESTIONS, PIECES, CONTEXTS))]),
     "mmlu": ("mmlu/default/mmlu_college_medicine.yaml", [{"question": q, "choices": c, "answer": a, "subject": "college_medicine"} for q, c, a in QUESTIONS],
              [{"question": q, "choices": c, "answer": a, "subject": "college_medicine"} for q, c, a in QUESTIONS]),
 }
@@ -72,7 +75,9 @@ def test_choice_equals_lm_eval(style, chat, positions, tmp_path):
     lm = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=3)
     metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm", "acc_bytes")]
     folder = Path(lm_eval.tasks.__file__).parent
-    tasks = [{**load_yaml(folder / file), "dataset_path": None, "test_split": "test", "validation_split": None, "training_split": None,
+    own = {"task": "own_cloze", "output_type": "multiple_choice", "doc_to_text": lambda doc: doc["q"], "doc_to_choice": lambda doc: doc["c"],
+           "doc_to_target": lambda doc: doc["a"]}
+    tasks = [{**(load_yaml(folder / file) if file else own), "dataset_path": None, "test_split": "test", "validation_split": None, "training_split": None,
               "fewshot_split": None, "metric_list": metrics, "custom_dataset": lambda theirs=theirs, **_: {"test": datasets.Dataset.from_list(theirs)}}
              for file, _, theirs in SETS.values()]
     found = simple_evaluate(lm, tasks=tasks, apply_chat_template=chat, num_fewshot=0, bootstrap_iters=0, log_samples=True)
@@ -87,6 +92,9 @@ def test_choice_equals_lm_eval(style, chat, positions, tmp_path):
         for x, y in zip(ours, theirs):
             assert x["loglik"] == pytest.approx([response[0] for response in y["filtered_resps"]], abs=1e-4), (layout, x["line"])
             assert [x[m] for m in ("acc", "acc_norm", "acc_bytes")] == [y[m] for m in ("acc", "acc_norm", "acc_bytes")]
+            if positions == 40:                                           # the last token is not read
+                inputs = [lm.tok_encode("".join(pair)) for pair in y["arguments"]]
+                assert x["cut"] == max(0, max(map(len, inputs)) - 1 - 40)
             cut += x["cut"] > 0
         for m in ("acc", "acc_norm", "acc_bytes"):
             assert sum(x[m] for x in ours) / len(ours) == pytest.approx(found["results"][task][f"{m},none"])
