@@ -129,6 +129,18 @@ def test_process_equals_the_libraries(work, encoder, monkeypatch, capsys):
     assert "1 of 4 answers to sets.jsonl are empty" in out and "odd (1)  ROUGE-L %" in out
 
 
+def test_begin_of_text_is_read_but_not_averaged(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_model("llama3", tmp_path)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)("the gene", return_tensors="pt")["input_ids"]
+    tokenizer = load_tokenizer(tmp_path)
+    assert ids[0, 0] == tokenizer.special["<|begin_of_text|>"]
+    with torch.no_grad():
+        states = transformers.AutoModel.from_pretrained(tmp_path)(ids).last_hidden_state[0]
+    ours = evaluation.embed_self(GPT.from_pretrained(tmp_path), tokenizer, ["the gene", ""])
+    assert ours[0] == pytest.approx(states[1:].double().mean(0).numpy(), abs=1e-4) and not ours[1].any()
+
+
 def test_profile_equals_scikit_learn(work, encoder, monkeypatch, capsys):
     """Every ROC-AUC by a pipeline made here from texts and vectors; labels, folds and genes that files lack as they are."""
     sklearn = pytest.importorskip("sklearn")                              # noqa: F841
@@ -324,6 +336,7 @@ def test_one_rank_and_two_give_the_same(work, tmp_path):
                     assert same, (one["task"], key)
                     compared += 1
         for x, y in zip(one["rows"], two["rows"], strict=True):
+            assert (x["pairs"] == []) == (x["measure"] == "cosine self")  # each in a space of its own
             assert [c["value"] for c in y["models"].values()] == pytest.approx([c["value"] for c in x["models"].values()], abs=1e-5)
     assert compared > 1000
 

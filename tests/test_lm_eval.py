@@ -24,7 +24,9 @@ QUESTIONS = [("Does 5'-GATTACA-3' bind\nTP53?  ", ["of course", "no", "it depend
              ("Select the false one:", ["Größe", "B. all", " leading", "x"], 3), ("日本語?", ["a", "b", "c", "d e f"], 1)] * 2
 CONTEXTS = [["Abstract one. It has 37.5% of cases.", "A second part!"], ["Only one."], ["a\n", "b"], ["ünï 😀"]] * 2
 DECISIONS = ["yes", "no", "maybe"]
-PIECES = [["eins", "größer als zwei", "3"], ["α", "β-catenin binds", "nothing", "日本 or not"], ["x", "xx"], ["no", "of course!"]] * 2
+# In many scripts, each with each of its choices as the right one: characters and bytes pick differently.
+PIECES = [(c, i) for c in (["eins", "größer als zwei", "3"], ["не знаю", "nope"], ["GATTACA", "日本語"], ["한국어", "β-catenin"], ["ü", "w w w", "TP53!"])
+          for i in range(len(c))]
 # layout: (the file of lm-eval's task, our items, theirs of the same content)
 SETS = {
     "pubmedqa": ("pubmedqa/pubmedqa.yaml", [{"context": "\n".join(c), "question": q, "choices": DECISIONS, "answer": a % 3} for c, (q, _, a) in zip(CONTEXTS, QUESTIONS)],
@@ -33,8 +35,8 @@ SETS = {
               [{"sent1": q, **{f"ending{i}": x for i, x in enumerate(c)}, "label": a} for q, c, a in QUESTIONS]),
     "medmcqa": ("medmcqa/medmcqa.yaml", [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS],
                 [{"question": q, **{f"op{'abcd'[i]}": x for i, x in enumerate(c)}, "cop": a} for q, c, a in QUESTIONS]),
-    "cloze": (None, [{"question": q, "choices": c, "answer": i % 2, "context": " ".join(x)} for i, ((q, _, _), c, x) in enumerate(zip(QUESTIONS, PIECES, CONTEXTS))],
-              [{"q": f"{' '.join(x)}\n{q}\nAnswer:", "c": c, "a": i % 2} for i, ((q, _, _), c, x) in enumerate(zip(QUESTIONS, PIECES, CONTEXTS))]),
+    "cloze": (None, [{"question": "Größe?", "choices": c, "answer": a, "context": "As it is."} for c, a in PIECES],
+              [{"q": "As it is.\nGröße?\nAnswer:", "c": c, "a": a} for c, a in PIECES]),
     "mmlu": ("mmlu/default/mmlu_college_medicine.yaml", [{"question": q, "choices": c, "answer": a, "subject": "college_medicine"} for q, c, a in QUESTIONS],
              [{"question": q, "choices": c, "answer": a, "subject": "college_medicine"} for q, c, a in QUESTIONS]),
 }
@@ -82,6 +84,7 @@ def test_choice_equals_lm_eval(style, chat, positions, tmp_path):
              for file, _, theirs in SETS.values()]
     found = simple_evaluate(lm, tasks=tasks, apply_chat_template=chat, num_fewshot=0, bootstrap_iters=0, log_samples=True)
     tokenizer, model, cut = load_tokenizer(directory), GPT.from_pretrained(directory), 0
+    differ = 0
     for config, (layout, (_, items, _)) in zip(tasks, SETS.items()):
         task = config["task"]
         items = [{"line": i, "group": None, **item} for i, item in enumerate(items)]
@@ -96,6 +99,8 @@ def test_choice_equals_lm_eval(style, chat, positions, tmp_path):
                 inputs = [lm.tok_encode("".join(pair)) for pair in y["arguments"]]
                 assert x["cut"] == max(0, max(map(len, inputs)) - 1 - 40)
             cut += x["cut"] > 0
+            differ += x["acc_norm"] != x["acc_bytes"]
         for m in ("acc", "acc_norm", "acc_bytes"):
             assert sum(x[m] for x in ours) / len(ours) == pytest.approx(found["results"][task][f"{m},none"])
+    assert differ > 0 or positions == 40
     assert (cut > 10) == (positions == 40) and (cut == 0) == (positions == 512)

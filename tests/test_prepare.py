@@ -1,5 +1,6 @@
 """The scripts of prepare/ on tests/medquad (invented pages) and on rows in the published formats."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -208,9 +209,15 @@ def test_gene_labels(tmp_path, monkeypatch):
     call(gene_labels.main, monkeypatch, "--obo", tmp_path / "go.obo", "--gaf", tmp_path / "x.gaf", "--out", tmp_path / "out")
     found = {p.stem: {x["gene"]: x["label"] for x in data.load_items(p, gene="text", label="label")} for p in (tmp_path / "out").iterdir()}
     assert found == {"membrane": {"A": 1, "B": 0, "D": 0}, "nucleus": {"A": 0, "B": 1, "D": 1, "E": 0}, "transcription_factor": {"A": 0, "B": 1}}
-    (tmp_path / "go.obo").write_text(OBO.replace("GO:0003700", "GO:0003701"))
-    with pytest.raises(SystemExit, match="no term GO:0003700"):
-        call(gene_labels.main, monkeypatch, "--obo", tmp_path / "go.obo", "--gaf", tmp_path / "x.gaf", "--out", tmp_path / "no")
+    (tmp_path / "other.obo").write_text(OBO.replace("GO:0003700", "GO:0003701"))
+    (tmp_path / "empty.gaf").write_text("!gaf-version: 2.1\n")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(OBO.encode())[:-9])
+    for obo, gaf, out, words in (("other.obo", "x.gaf", "no", "other.obo: no term GO:0003700"), ("go.obo", "empty.gaf", "no", "empty.gaf: no annotation"),
+                                 ("cut.gz", "x.gaf", "no", "cut.gz or .*x.gaf is damaged"), ("go.obo", "none.gaf", "no", "none.gaf: no such file"),
+                                 ("go.obo", "x.gaf", "go.obo", "cannot be written")):
+        with pytest.raises(data.UserError, match=words):
+            call(gene_labels.main, monkeypatch, "--obo", tmp_path / obo, "--gaf", tmp_path / gaf, "--out", tmp_path / out)
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_users_mistake_is_one_line(tmp_path):
