@@ -1358,6 +1358,7 @@ def main():
                 done = texts, [embed_self(model, tokenizer, x, dtype) for x in (own, names) if "self" in encoders]
             results[i][path] = done
             ranks.print(f"{path}: {task} of {file}, {time.monotonic() - start:.0f} s")
+        del model                                                         # before the next one is read
     if ranks.rank or not jobs:
         return
     output = {"models": columns, "tasks": []}
