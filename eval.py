@@ -259,7 +259,8 @@ def embed_self(model, tokenizer, texts, dtype=torch.float32):
 
 
 def load_encoder(name, device):
-    """texts -> (S, d) numpy, by a sentence-transformers directory or repository id. Raises UserError."""
+    """texts -> (S, d) numpy, zeros where there is no text, by a sentence-transformers directory or repository id.
+    Raises UserError."""
     try:
         from sentence_transformers import SentenceTransformer
         from transformers.utils.logging import disable_progress_bar
@@ -268,13 +269,20 @@ def load_encoder(name, device):
     disable_progress_bar()
     try:
         model = SentenceTransformer(str(name), device=str(device), trust_remote_code=False)
-        model.encode(["gene"], show_progress_bar=False)
+        size = model.encode(["gene"], show_progress_bar=False).shape[1]
     except Exception as e:                                                # of many libraries
         raise UserError(f"--encoder {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}; expected a "
                         "sentence-transformers directory or repository id, or 'self'") from None
     if Path(name).is_dir() and not Path(name, "modules.json").is_file():
         print(f"warning: {name} does not say how to pool: the mean of its last hidden states is used")
-    return lambda texts: np.asarray(model.encode(texts, show_progress_bar=False), dtype=np.float64)
+
+    def encode(texts):
+        out, some = np.zeros((len(texts), size)), [i for i, text in enumerate(texts) if text.strip()]
+        if some:
+            out[some] = model.encode([texts[i] for i in some], show_progress_bar=False)
+        return out
+
+    return encode
 
 
 def process_name(text):
@@ -345,8 +353,8 @@ def make_folds(genes, labels):
         at = np.array([i for i, gene in enumerate(genes) if gene in label], dtype=int)
         y, fold = np.array([label[genes[i]] for i in at], dtype=int), np.empty(len(at), dtype=int)
         if min((y == 0).sum(), (y == 1).sum()) < 5:
-            raise UserError(f"{name}: of the {len(at)} genes with a label {(y == 1).sum()} have 1 and {(y == 0).sum()} "
-                            "have 0; expected at least 5 of each, for 5 folds")
+            raise UserError(f"{name}: of the {len(genes)} genes in --data {(y == 1).sum()} have label 1 there and "
+                            f"{(y == 0).sum()} label 0; expected at least 5 of each, for 5 folds")
         for k, (_, test) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(y, y)):
             fold[test] = k
         folds[name] = at, y, fold
@@ -531,20 +539,20 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 def t_quantile(freedom):
     """97.5% quantile of Student's t, by Cornish and Fisher's expansion from 10 degrees of freedom on."""
     z = 1.959964
-    if freedom < 10:                                                      # linear in 1 / freedom in between
-        return np.interp(-1 / freedom, [-1 / f for f in range(1, 11)], T975)
+    if freedom < 10:                                                      # between whole ones at most 3% too large
+        return math.exp(np.interp(-1 / freedom, [-1 / f for f in range(1, 11)], np.log(T975)))
     return z + (z ** 3 + z) / (4 * freedom) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)
 
 
 def seed_interval(values, other=None):
     """(mean, low, high) of values (S,), one of each seed: the mean and its 95% t interval over trainings, which has no
-    bounds for one seed. With others, (S',): of the difference of the means, by Welch's t; where one of the two has one
-    value alone, that one counts as fixed, as a base is that was not trained."""
+    bounds for one seed. With others, (S',): of the difference of the means, by Welch's t."""
     mean = float(np.mean(values)) - (0.0 if other is None else float(np.mean(other)))
-    parts = [(np.var(v, ddof=1) / len(v), len(v) - 1) for v in (values, other) if v is not None and len(v) > 1]
-    total = sum(v for v, _ in parts)
-    if not parts:
+    both = [v for v in (values, other) if v is not None]
+    if min(map(len, both)) < 2:
         return mean, -math.inf, math.inf
+    parts = [(np.var(v, ddof=1) / len(v), len(v) - 1) for v in both]
+    total = sum(v for v, _ in parts)
     freedom = total ** 2 / sum(v ** 2 / f for v, f in parts) if total > 0 else parts[0][1]
     half = t_quantile(freedom) * math.sqrt(total)
     return mean, mean - half, mean + half
@@ -556,7 +564,7 @@ MEASURES = {
             ("perplexity", "perplexity", "tokens", False),                # exp of the row above
             ("confidence", "minimum group confidence", None, False)],
     "choice": [("acc", "acc %", None, True), ("acc_norm", "acc_norm %", None, True),
-               ("acc_bytes", "acc_bytes %", None, True), ("nll", "NLL of the right answer", None, False),
+               ("acc_bytes", "acc_bytes %", None, True), ("nll", "NLL of the right answer, per token", None, False),
                ("followed", "planted answer followed %", None, True)],
     "process": [("rouge1", "ROUGE-1 %", None, True), ("rouge2", "ROUGE-2 %", None, True),
                 ("rougeL", "ROUGE-L %", None, True)],
@@ -605,7 +613,7 @@ def compare(drawn, spans=()):
 
     A cell has the value, the mean over seeds, and its 95% interval: over items for one seed (spans[column] if there),
     over seeds for several; over items too if all have the very same value, which tells nothing of others. A pair has
-    the difference of two columns, its paired interval over items, and, where seeds differ, over seeds.
+    the difference of two columns, its paired interval over items, and, where both have several seeds, over seeds.
     """
     models, pairs, means = {}, [], {}
     for name, seeds in drawn.items():
@@ -617,10 +625,18 @@ def compare(drawn, spans=()):
         low, high = interval(means[name] - means[minus])
         pair = {"model": name, "minus": minus, "difference": models[name]["value"] - models[minus]["value"],
                 "difference_low": low, "difference_high": high}
-        if max(len({value for value, _ in drawn[c]}) for c in (name, minus)) > 1:
+        if min(len({value for value, _ in drawn[c]}) for c in (name, minus)) > 1:
             _, pair["seeds_low"], pair["seeds_high"] = seed_interval(models[name]["seeds"], models[minus]["seeds"])
         pairs.append(pair)
     return {"models": models, "pairs": pairs}
+
+
+def merged(rows):
+    """Rows with accuracies that are the same in one: letters are all of one length, and acc_norm is acc."""
+    for _, same in itertools.groupby(rows, lambda row: [row["group"], row["models"], row["pairs"], "acc" in
+                                                        row["measure"] or row["heading"]]):
+        same = list(same)
+        yield {**same[0], "heading": ", ".join(row["heading"] for row in same)}
 
 
 def print_table(rows, title):
@@ -628,14 +644,14 @@ def print_table(rows, title):
     names = list(dict.fromkeys(name for row in rows for name in row["models"]))
     seeds = {name: max(len(row["models"][name]["seeds"]) for row in rows if name in row["models"]) for name in names}
     table = [["", *(f"{name} ({n} seeds)" if n > 1 else name for name, n in seeds.items())]]
-    for row in rows:
+    for row in merged(rows):
         scale, form = (100, ".1f") if row["percent"] else (1, ".3f")
 
         def spell(value, low, high, sign="", scale=scale, form=form):
             return f"{value * scale:{sign}{form}} [{low * scale:{sign}{form}}, {high * scale:{sign}{form}}]"
 
         cells = [row["models"].get(name) for name in names]
-        of = f"{row['positive']} of {row['n']}" if "positive" in row else row["n"]
+        of = f"{row['positive']} positive of {row['n']}" if "positive" in row else row["n"]
         table.append([f"{row['group'] or 'all'} ({of})  {row['heading']}", *(
             "" if c is None else f"{c['value']:.3f} \u00b1 {c['sd']:.3f}" if "sd" in c and len(c["seeds"]) == 1 else
             spell(c["value"], c["value_low"], c["value_high"]) for c in cells)])
@@ -1096,6 +1112,9 @@ class Ranks:
 def open_model(path, tokenizer=None):
     """(directory, GPTConfig, Tokenizer) of a run, model directory or Hugging Face repository id, the weights unread.
     tokenizer: another one than the directory's. Raises UserError."""
+    inside = sorted(p.parents[1] for p in Path(path).glob("*/model/config.json"))
+    if inside and not Path(path, "model").is_dir() and not Path(path, "config.json").is_file():
+        raise UserError(f"{path} holds several runs; expected some of {', '.join(map(str, inside))}")
     try:
         directory = Path(path) / "model" if Path(path, "model", "config.json").is_file() else find_directory(path)
         weight_files(directory)
@@ -1301,7 +1320,7 @@ def main():
     if args.prompt is not None:
         prompts["prompt"] = [args.prompt]
     room = {i: args.max_new_tokens or NEW_TOKENS[i if i == "prompt" else args.tasks[i]] for i in prompts}
-    sets, first = {}, next(iter(opened))
+    sets, cuts, first = {}, {}, next(iter(opened))                        # cuts: where samples end, None: nowhere
     for path, (directory, config, tokenizer) in opened.items():
         turns = args.chat or prompts or tasks & {"nll", "inspect"}
         if turns and ranks.rank == 0 and (difference := compare_template(directory, tokenizer, formats[path])):
@@ -1319,6 +1338,7 @@ def main():
                 continue
             longest = args.max_length or config.max_positions
             samples, counts = load_samples(file, tokenizer, formats[path], longest)
+            cuts.setdefault(i, set()).add(longest if counts["cut"] else None)
             ranks.print(f"{path}: {counts['cut']} of {file} cut at {longest} tokens, {counts['dropped']} dropped")
             if task == "inspect":
                 samples = [s for s in samples if s.line in args.lines] if args.lines else samples[:4]
@@ -1326,9 +1346,11 @@ def main():
                     raise UserError(f"{file}: --lines: there is no sample on line {min(lacking)}")
             else:
                 samples = samples[:args.limit]
-            if [s.line for s in samples] != [s.line for s in sets.get((first, i), samples)]:
-                raise UserError(f"{file}: {path} and {first} keep different samples within their positions; "
-                                "expected a --max-length that both have, to compare them on the same ones")
+            if [s.line for s in samples] != [s.line for s in sets.get((first, i), samples)] or len(cuts[i]) > 1:
+                raise UserError(f"{file}: {path} and {first} keep different samples, or parts of them, within their "
+                                "positions; expected a --max-length that both have, to compare them on the same ones")
+            if task == "nll" and tokenizer.bytes != opened[first][2].bytes:
+                ranks.print(f"warning: {path} and {first} have different tokens: NLL per token cannot be compared")
             sets[path, i] = samples
     results = [{} for _ in jobs]
     for path, (directory, config, tokenizer) in opened.items():           # one model at a time in memory
@@ -1361,12 +1383,12 @@ def main():
         del model                                                         # before the next one is read
     if ranks.rank or not jobs:
         return
-    output = {"models": columns, "tasks": []}
+    output, asked_in = {"models": columns, "tasks": []}, " and ".join(sorted(set(formats.values())))
     for i, (task, file) in jobs:
         entry, result = {"task": task, "data": file}, results[i]
         if task == "choice":
             answers = [x["answer"] for x in items[i]]
-            entry |= {"layout": layouts[i], "chat": args.chat and " and ".join(sorted(set(formats.values()))),
+            entry |= {"layout": layouts[i], "chat": args.chat and asked_in,
                       "majority": max(map(answers.count, set(answers))) / len(answers)}
         if task == "process":
             result = process_items(items[i], further, result, encoders)
@@ -1389,14 +1411,15 @@ def main():
             print(f"page: {page}")
     write_whole(Path(args.out), [json.dumps(output, indent=1).encode()])
     for t in output["tasks"]:
-        how = "" if t["task"] != "choice" else f", {t['layout']} layout, {t['chat'] or 'no'} chat format (always the " \
-            f"most frequent answer: {t['majority']:.1%})"
         if t["rows"]:
+            how = f", {t['layout']} layout, {t['chat'] or 'no'} chat format (always the most frequent answer: " \
+                f"{t['majority']:.1%})" if t["task"] == "choice" else f", {asked_in} chat format"
             print_table(t["rows"], f"{t['task']}: {t['data']}{how}")
-    print("\nIn brackets 95% intervals: of one model over items, of several seeds over seeds; of a difference over the "
-          "same items of both, and over\nseeds, where a column of one model counts as fixed."
-          + " \u00b1: sd over folds; the intervals beside it hold the classifiers fixed." * ("profile" in tasks)
-          + f"\nper-item scores: {args.out}")
+    if any(t["rows"] for t in output["tasks"]):
+        print("\nIn brackets 95% intervals: of one model over items; of several seeds over seeds (over items where all "
+              "agree); of\ndifferences, the column's value minus the named one's, over the same items, and over seeds."
+              + " \u00b1: sd over folds; the intervals hold the classifiers fixed." * ("profile" in tasks))
+    print(f"per-item scores: {args.out}")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,12 @@ def test_models_that_keep_different_samples_are_not_compared(tmp_path, monkeypat
     with pytest.raises(SystemExit):
         run(evaluation.main)
     assert "--max-length" in capsys.readouterr().err and not (tmp_path / "r.json").exists()
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "response": "the gene " * 60}) + "\n")
+    long = [str(tmp_path / "long.jsonl") if a == ASSETS / "finetune.jsonl" else str(a) for a in argv]     # kept by both, cut by one
+    monkeypatch.setattr(sys, "argv", long)
+    with pytest.raises(SystemExit):
+        run(evaluation.main)
+    assert "parts of them" in capsys.readouterr().err and not (tmp_path / "r.json").exists()
     monkeypatch.setattr(sys, "argv", [*map(str, argv), "--max-length", "20"])
     evaluation.main()
     assert (tmp_path / "r.json").exists()
