@@ -142,7 +142,7 @@ def test_begin_of_text_is_read_but_not_averaged(tmp_path):
 
 def test_profile_equals_scikit_learn(work, encoder, monkeypatch, capsys):
     """Every ROC-AUC by a pipeline made here from texts and vectors; labels, folds and genes that files lack as they are."""
-    sklearn = pytest.importorskip("sklearn")                              # noqa: F841
+    pytest.importorskip("sklearn")
     import sentence_transformers
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score

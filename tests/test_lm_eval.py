@@ -83,8 +83,7 @@ def test_choice_equals_lm_eval(style, chat, positions, tmp_path):
               "fewshot_split": None, "metric_list": metrics, "custom_dataset": lambda theirs=theirs, **_: {"test": datasets.Dataset.from_list(theirs)}}
              for file, _, theirs in SETS.values()]
     found = simple_evaluate(lm, tasks=tasks, apply_chat_template=chat, num_fewshot=0, bootstrap_iters=0, log_samples=True)
-    tokenizer, model, cut = load_tokenizer(directory), GPT.from_pretrained(directory), 0
-    differ = 0
+    tokenizer, model, cut, differ = load_tokenizer(directory), GPT.from_pretrained(directory), 0, 0
     for config, (layout, (_, items, _)) in zip(tasks, SETS.items()):
         task = config["task"]
         items = [{"line": i, "group": None, **item} for i, item in enumerate(items)]
