@@ -1,0 +1,67 @@
+"""The processes of torchrun: who we are among them, and the little that they say to each other beside gradients."""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+
+from runtime.device import find_device
+from runtime.process import UserError
+
+
+class Ranks:
+    """Who we are among the processes of torchrun; one process by itself is rank 0 of 1.
+
+    device_name: as --device has it. quiet: `progress` says nothing (the default job trains many models).
+    """
+
+    def __init__(self, device_name):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = find_device(device_name)
+        self.quiet = False
+        self.said = set()
+
+    def start(self):
+        """Joins the others. Raises UserError where there are some and torchrun did not start us."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world == 1:
+            return
+        try:
+            store, rank, world = next(dist.rendezvous("env://"))
+        except ValueError as e:
+            raise UserError(f"WORLD_SIZE is {self.world}, but {e}; expected to be started by torchrun") from None
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun restarts us with the store as it was, in which dead processes' addresses are. (On several nodes
+            # each counts its restarts for itself, so that a prefix could differ.)
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+    def print(self, *words):
+        if self.rank == 0:
+            # Nobody may be reading any more; the run goes on.
+            with contextlib.suppress(BrokenPipeError):
+                print(*words, flush=True)
+
+    def progress(self, *words):
+        if not self.quiet:
+            self.print(*words)
+
+    def once(self, words):
+        """Prints these words the first time that they are said."""
+        if words not in self.said:
+            self.said.add(words)
+            self.print(words)
+
+    def largest(self, number):
+        """The largest of the integers that the ranks bring, over gloo: no GPU is waited for."""
+        number = torch.tensor(number, dtype=torch.int64)
+        if self.world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def barrier(self):
+        self.largest(0)

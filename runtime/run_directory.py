@@ -1,0 +1,183 @@
+"""A run directory: config.json, which says how a run is made, and whether a directory is ours to write to.
+
+    config.json               every setting, the optimizer, git commit, package versions, device, data hashes
+    metrics.jsonl             a line a step
+    checkpoint/step-N.pt      weights that are trained, and the optimizer's state
+    model/                    the result as a Hugging Face directory
+"""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from runtime.device import compute_dtype
+from runtime.files import write_whole
+from runtime.log import read_metrics
+from runtime.process import UserError
+
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+# Settings that may change between runs without any effect on the result.
+WITHOUT_EFFECT = {"out", "save_every", "eval_every", "log_every", "keep", "resume"}
+# What changes no more than the rounding of a run's numbers.
+ROUNDING = {"micro_tokens", "compile", "recompute", "device", "world_size", "threads", "git_commit", "python", "torch",
+            "numpy", "tiktoken"}
+# What cannot be config.json of a run.
+NOT_A_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run is made of
+
+def describe(settings, objective, files, samples, optimizer, device):
+    """What config.json holds: everything that made the run.
+
+    settings: a dataclass. files: {name: [paths]} of what was read. samples: all data.Sample, of validation too.
+    optimizer: its name and options, as a dict.
+    """
+    return {"objective": objective,
+            "settings": {**asdict(settings), "objective": (objective,)},
+            "optimizer": optimizer,
+            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                         "tiktoken": tiktoken.__version__},
+            "device": f"{device.type}: {device_name(device)}",
+            "dtype": str(compute_dtype(settings.dtype, device)),
+            "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+            "threads": torch.get_num_threads(),
+            "sha256": {**{name: sha256(*paths) for name, paths in files.items()}, "tokens": tokens_sha256(samples)}}
+
+
+def git_commit():
+    """The commit of this checkout; None without git."""
+    try:
+        done = subprocess.run(["git", "-C", CHECKOUT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+@functools.cache                                                          # weights are large; several runs share them
+def sha256(*paths):
+    """The digest of a file, or a list of those of several."""
+    digests = []
+    for path in paths:
+        with open(path, "rb") as f:
+            digests.append(hashlib.file_digest(f, "sha256").hexdigest())
+    return digests[0] if len(paths) == 1 else digests
+
+
+def tokens_sha256(samples):
+    """Of all that is learned from or validated on, whatever tokenizer, chat format, limit or code made it."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(np.int64(len(sample.ids)).tobytes() + sample.ids.tobytes() + sample.response.tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same run or another one
+
+def differences(old, new):
+    """Where two contents of config.json differ, as phrases: (what makes another run, what changes rounding alone)."""
+    new = json.loads(json.dumps(new))                                     # a tuple becomes a list, as in the file
+    a, b = flat(old), flat(new)
+    another_run, rounding = [], []
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) == b.get(key) or key in WITHOUT_EFFECT:
+            continue
+        if key in new["sha256"] and key in old["sha256"]:
+            phrase = f"another content of {key}"
+        else:
+            phrase = f"{key} {a.get(key)!r}, now {b.get(key)!r}"
+        if key in ROUNDING:
+            rounding.append(phrase)
+        else:
+            another_run.append(phrase)
+    return another_run, rounding
+
+
+def flat(record):
+    """All that two runs can differ in, as one dict. Raises KeyError or TypeError for what is no config.json of ours."""
+    top = ("objective", "dtype", "device", "world_size", "threads", "git_commit")
+    optimizer = {f"optimizer's {key}": value for key, value in record["optimizer"].items()}
+    return {**record["settings"], **record["versions"], **record["sha256"], **optimizer,
+            **{key: record[key] for key in top}}
+
+
+def check_out(out, record, resume):
+    """Raises UserError if `out` is not ours to write to: something else than a run or, where it would be resumed, a
+    run that differs from record in more than what changes its rounding."""
+    parent = next(path for path in (out, *out.parents) if path.exists())
+    if not parent.is_dir():
+        raise UserError(f"--out {out}: {parent} is a file; expected a new path, or a run")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {parent} cannot be written to; expected a directory that can")
+    try:
+        another_run, _ = differences(json.loads((out / "config.json").read_bytes()), record)
+    except NOT_A_CONFIG:
+        if out.exists() and any(path.suffix != ".tmp" for path in out.iterdir()):
+            raise UserError(f"--out {out} is there and is no run directory; expected a new path, or a run") from None
+        return
+    if resume and another_run:
+        raise UserError(f"--out {out} holds another run ({'; '.join(another_run)}); name another --out, or --no-resume "
+                        "to start again over it")
+
+
+def begin(out, record, start, resume, ranks):
+    """Rank 0 makes `out` ready for a run that goes on after step `start`. Returns whether that step has been validated
+    already, the same on every rank.
+
+    Of a run that goes on, config.json keeps under "earlier" how the steps so far were made, and the log is cut back to
+    where the checkpoint is. Without resume, what an earlier run left goes.
+    """
+    lines = []
+    if ranks.rank == 0:
+        if not resume:
+            remove_earlier_run(out)
+        if start:
+            record = with_history(out, record, start, ranks)
+            lines = read_metrics(out / "metrics.jsonl", start)
+            if sum("loss" in line for line in lines) != start:
+                ranks.print(f"warning: {out}/metrics.jsonl has not all of the {start} steps before; lines were lost")
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", [json.dumps(record, indent=2).encode()])   # first: by it a run is known
+        (out / "checkpoint").mkdir(exist_ok=True)
+        for unfinished in (out / "checkpoint").glob("*.tmp"):             # of a run that was killed while it wrote
+            unfinished.unlink()
+        write_whole(out / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
+    return bool(ranks.largest(any("val_nll" in line for line in lines if line["step"] == start)))
+
+
+def remove_earlier_run(out):
+    for name in ("checkpoint", "model"):
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+
+
+def with_history(out, record, start, ranks):
+    """record, with what made the steps up to `start` where that differs."""
+    old = json.loads((out / "config.json").read_bytes())
+    _, rounding = differences(old, record)
+    history = old.pop("earlier", [])
+    if rounding:
+        ranks.print(f"warning: {out} goes on with other rounding: {'; '.join(rounding)}")
+        history = [*history, {"to_step": start, **old}]
+    return {**record, "earlier": history}
