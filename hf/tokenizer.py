@@ -1,0 +1,344 @@
+"""tokenizer.json -> Tokenizer: byte-level BPE, computed by tiktoken, with the ids of Hugging Face's `tokenizers`."""
+
+import itertools
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import regex  # tiktoken brings it
+import tiktoken
+
+from runtime.process import UserError
+
+
+# tiktoken's own cut fails on a piece of a million characters.
+LONGEST_FOR_TIKTOKEN = 500_000
+# Normalising takes time that grows with the square of the marks in a row.
+MOST_MARKS = 1000
+
+
+class Tokenizer:
+    """encode(text) -> ids, decode(ids) -> text, n_vocab, special {text: id}, eos_id (None if there is none).
+
+    path: its tokenizer.json, None for one of tiktoken's own.
+    encoding: a tiktoken.Encoding, whose ranks are the order of merges. ids: {rank: id} (None: the same numbers).
+    added: those of `special` that the text may contain as tokens ("<think>"). nfc: normalise the text first. missing:
+    the bytes that are no token; they leave the text, as in Hugging Face's `tokenizers`.
+    """
+
+    def __init__(self, encoding, eos_id, special, ids=None, added=(), nfc=False, missing=b"", path=None):
+        self.encoding = encoding
+        self.eos_id = eos_id
+        self.special = special
+        self.ids = ids
+        self.nfc = nfc
+        self.missing = missing
+        self.path = path
+        # The longest first: of two that begin alike, the longer one is meant.
+        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
+        self.added = re.compile("(" + "|".join(longest_first) + ")") if added else None
+        self.bytes = {}                           # {id: what it stands for}
+        for token, rank in encoding._mergeable_ranks.items():
+            self.bytes[ids[rank] if ids else rank] = token
+        for text, i in special.items():
+            self.bytes[i] = text.encode()
+        self.n_vocab = max(self.bytes) + 1
+
+    def encode(self, text):
+        """Special tokens in the text stay text. Raises UserError for marks that no text has, with NFC."""
+        if self.added is None:
+            return self.encode_part(text)
+        ids = []
+        # re.split alternates: text, added token, text, ...
+        for i, part in enumerate(self.added.split(text)):
+            if i % 2 == 1:
+                ids.append(self.special[part])
+            else:
+                ids += self.encode_part(part)
+        return ids
+
+    def encode_part(self, text):
+        """The ids of a text without added tokens."""
+        if self.nfc:
+            if any(len(marks.group()) > MOST_MARKS for marks in regex.finditer(r"\p{M}+", text)):
+                raise UserError("more than 1,000 combining marks in a row; expected text")
+            text = unicodedata.normalize("NFC", text)
+        if len(text) > LONGEST_FOR_TIKTOKEN or self.has_missing_bytes(text):
+            ranks = self.encode_by_pieces(text)
+        else:
+            ranks = self.encoding.encode_ordinary(text)
+        if self.ids is None:
+            return ranks
+        return [self.ids[rank] for rank in ranks]
+
+    def has_missing_bytes(self, text):
+        raw = text.encode(errors="replace")
+        return len(raw.translate(None, self.missing)) < len(raw)
+
+    def encode_by_pieces(self, text):
+        """Ranks, with the cut done here: bytes that are no token leave after the cut and before the merges."""
+        ranks = []
+        for match in regex.finditer(self.encoding._pat_str, text):
+            piece = match.group().encode(errors="replace").translate(None, self.missing)
+            if piece:
+                ranks += self.encoding._encode_single_piece(piece)
+        return ranks
+
+    def decode(self, ids):
+        """Ids that are no token, and bytes that are no text, become U+FFFD."""
+        unknown = "\ufffd".encode()
+        return b"".join(self.bytes.get(int(i), unknown) for i in ids).decode(errors="replace")
+
+
+def load_tokenizer(name_or_path):
+    """A Tokenizer from a directory with tokenizer.json, from such a file, or a tiktoken encoding by name ("gpt2").
+
+    The ids are those of Hugging Face's `tokenizers` with add_special_tokens=False and special tokens as text:
+    byte-level BPE as GPT-2, SmolLM2, Llama 3 and Qwen have it. Raises UserError for others, by name.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        return tiktoken_tokenizer(name_or_path)
+    try:
+        return read_tokenizer(path)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is not a tokenizer.json that we can read: {e!r}") from None
+
+
+def tiktoken_tokenizer(name):
+    try:
+        encoding = tiktoken.get_encoding(str(name))
+    except Exception:
+        # An unknown name, or no network for its file.
+        raise UserError(f"tokenizer {name}: no tokenizer.json there, and no encoding of that name that tiktoken can "
+                        f"load (it knows {', '.join(tiktoken.list_encoding_names())})") from None
+    return Tokenizer(encoding, encoding.eot_token, dict(encoding._special_tokens))
+
+
+def read_tokenizer(path):
+    """A Tokenizer from a tokenizer.json. Raises UserError for what is not supported, and exceptions of several kinds
+    for a file that is no tokenizer.json."""
+    spec = json.loads(path.read_bytes())
+    model = spec["model"]
+    vocab = model["vocab"]                        # {token, its bytes spelled as in `bytes_to_unicode`: id}
+    added = spec.get("added_tokens", [])
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    missing = bytes(byte for character, byte in byte_of.items() if character not in vocab)
+    if unsupported := unsupported_parts(spec, missing):
+        raise UserError(f"{path}: {', '.join(unsupported)[:400]} is not supported; supported: byte-level BPE as GPT-2, "
+                        "SmolLM2, Llama 3 and Qwen have it")
+    special = {token["content"]: token["id"] for token in added}
+    check_ids(vocab, special)
+
+    single_bytes = [character for character in byte_of if character in vocab]
+    tokens = tokens_by_rank(model, single_bytes, special, path)
+    ranks = {bytes(byte_of[character] for character in token): rank for token, rank in tokens.items()}
+    encoding = tiktoken.Encoding(str(path), pat_str=find_pattern(spec), mergeable_ranks=ranks, special_tokens={})
+    # No text leads to a token that no merge makes: it is special too.
+    special = {token: i for token, i in vocab.items() if token not in tokens} | special
+    return Tokenizer(
+        encoding, find_eos(path.parent, special | vocab), special,
+        ids=[vocab[token] for token in tokens],
+        added=[token["content"] for token in added if not token["special"]],
+        nfc=bool(steps(spec, "normalizer", "normalizers")),
+        missing=missing, path=path)
+
+
+def tokens_by_rank(model, single_bytes, special, path):
+    """{token: rank}: single bytes, then tokens in the order in which their merges are listed. Raises UserError."""
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+    tokens = single_bytes + ["".join(merge) for merge in merges]
+    if model.get("ignore_merges"):
+        # A piece of text that is a token becomes that token, whatever the merges say. tiktoken always does this.
+        tokens += [token for token in model["vocab"] if token not in special]
+    elif stray := stray_merge(merges):
+        raise UserError(f"{path}: {stray} is a merge that its own parts forestall; tiktoken would give other ids")
+    return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+
+
+def check_ids(vocab, special):
+    """Raises ValueError for ids that are none, and for those of added tokens that `tokenizers` would not use."""
+    for i in [*vocab.values(), *special.values()]:
+        if type(i) is not int or not 0 <= i < 2 ** 31:
+            raise ValueError(f"an id is {i!r}; expected whole numbers from 0 on")
+    # The library numbers added tokens from the vocabulary's length on, whatever the file says.
+    new_ids = itertools.count(len(vocab))
+    for token, i in special.items():
+        expected = vocab[token] if token in vocab else next(new_ids)
+        if i != expected:
+            raise ValueError(f"the added token {token} has id {i}; `tokenizers` would give it {expected}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is supported
+
+# How text is cut into pieces before merges: the steps of a tokenizer.json's pre_tokenizer, and a pattern that does the
+# same at once.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Each digit by itself first, and no piece across one: spaces before a digit are as spaces before the end.
+DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+
+GPT2_CUT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+DIGITS_CUT = {"type": "Digits", "individual_digits": True}
+LLAMA3_CUT = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+QWEN_CUT = {**LLAMA3_CUT, "pattern": {"Regex": QWEN_PATTERN}}
+BYTES_ONLY = {**GPT2_CUT, "use_regex": False}
+PRE_TOKENIZERS = [
+    (GPT2_PATTERN, [GPT2_CUT]),
+    (DIGITS_PATTERN, [DIGITS_CUT, GPT2_CUT]),
+    (LLAMA3_PATTERN, [LLAMA3_CUT, BYTES_ONLY]),
+    (QWEN_PATTERN, [QWEN_CUT, BYTES_ONLY]),
+]
+
+
+def unsupported_parts(spec, missing):
+    """What of a tokenizer.json we do not have, as texts for the user."""
+    model = spec["model"]
+    # Old files leave the type out.
+    kind = model.get("type", "BPE")
+    if kind != "BPE":
+        return [f"model {kind}"]
+    unsupported = []
+    if find_pattern(spec) is None:
+        unsupported.append(f"pre-tokenizer {pre_tokenizer_steps(spec)}")
+    for step in steps(spec, "normalizer", "normalizers"):
+        if step["type"] != "NFC":
+            unsupported.append(f"normalizer {step['type']}")
+    keys = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+    if missing:
+        # They say what becomes of a byte that is no token. Where none is missing they have nothing to do.
+        keys += ["unk_token", "byte_fallback"]
+    for key in keys:
+        if model.get(key):
+            unsupported.append(f"{key} {model[key]}")
+    for token in spec.get("added_tokens", []):
+        for key in ("lstrip", "rstrip", "single_word"):
+            if token.get(key) and not token["special"]:
+                unsupported.append(f"added token {token['content']} with {key}")
+    return unsupported
+
+
+def find_pattern(spec):
+    """The pattern that cuts text as this tokenizer.json's pre_tokenizer does, None if we have none."""
+    wanted = pre_tokenizer_steps(spec)
+    for pattern, known_steps in PRE_TOKENIZERS:
+        if known_steps == wanted:
+            return pattern
+    return None
+
+
+def pre_tokenizer_steps(spec):
+    """The steps of the pre_tokenizer, without what has no influence on ids and with what an absent key means."""
+    result = []
+    for step in steps(spec, "pre_tokenizer", "pretokenizers"):
+        step = {key: value for key, value in step.items() if key != "trim_offsets"}
+        if step["type"] == "ByteLevel":
+            step.setdefault("use_regex", True)
+        result.append(step)
+    return result
+
+
+def steps(spec, key, inner_key):
+    """A part of a tokenizer.json as a list: it is a sequence of steps, a single one, or null."""
+    part = spec.get(key)
+    if not part:
+        return []
+    if part["type"] == "Sequence":
+        return part[inner_key]
+    return [part]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Do tiktoken and `tokenizers` merge alike?
+
+def stray_merge(merges):
+    """The first merge that tiktoken and `tokenizers` may understand differently, as text; None if there is none.
+
+    merges: [(left, right), ...]. The rank of a token is the place of the first merge that makes it. Both libraries
+    begin with single characters and join two neighbours again and again, those of the lowest rank first, of several the
+    leftmost. But tiktoken joins any two that together are a token, `tokenizers` only those that are listed as a merge.
+
+    They agree if the characters of each token, merged by all that ranks below it, become just the pair that is listed.
+    For two neighbours have been merged as if they were alone in the world: nothing has crossed their outer borders. So
+    if together they are a token, they are the pair that is listed for it.
+    """
+    rank = {}
+    for left, right in merges:
+        rank.setdefault(left + right, len(rank))
+    pair = {}                                     # {token: its listed pair, if it is merged up to that}
+    for left, right in merges:
+        if pair_is_reached(left, right, rank, pair):
+            pair.setdefault(left + right, (left, right))
+    for left, right in merges:
+        if left + right not in pair:
+            return f"{left} {right}"
+    return None
+
+
+def pair_is_reached(left, right, rank, pair):
+    """Whether the characters of left + right are merged up to (left, right) before the rank of left + right.
+
+    Each of the two must be reached by itself, and no merge may cross the border between them while they grow. So we
+    follow the border back in time: of the two tokens beside it we take apart the one that was made last, and its half
+    at the border takes its place, until only characters are left. If ever the two together are a token of a rank whose
+    turn has come by then, they would have been joined across the border.
+    """
+    limit = rank[left + right]
+    for half in (left, right):
+        if len(half) > 1 and (half not in pair or rank[half] >= limit):
+            return False
+    while len(left) > 1 or len(right) > 1:
+        if len(right) == 1 or (len(left) > 1 and rank[left] > rank[right]):
+            # Before `left` was made. A merge of equal rank across the border is further right: `left` was first.
+            limit = rank[left]
+            left = pair[left][1]
+        else:
+            # Before `right` was made. Here a merge of equal rank across the border is further left: it would be first.
+            limit = rank[right] + 1
+            right = pair[right][0]
+        if rank.get(left + right, limit) < limit:
+            return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def find_eos(directory, ids):
+    """The id that ends a text: the tokenizer's configuration names it, or the model's. None if neither does.
+
+    ids: {token: id} of all tokens. Raises UserError.
+    """
+    known = set(ids.values())
+    for file, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
+        path = directory / file
+        if not path.is_file():
+            continue
+        try:
+            eos = json.loads(path.read_bytes()).get(key)
+        except (ValueError, AttributeError, RecursionError) as e:
+            raise UserError(f"{path} is not a configuration that we can read: {e}") from None
+        # A token is written as {"content": text} or as text, ids as a list or one.
+        if isinstance(eos, dict):
+            eos = eos.get("content")
+        if isinstance(eos, str):
+            eos = ids.get(eos)
+        for i in eos if isinstance(eos, list) else [eos]:
+            if type(i) is int and i in known:
+                return i
+    return None
+
+
+def bytes_to_unicode():
+    """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on; {byte: character}."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelling = {byte: chr(byte) for byte in printable}
+    for i, byte in enumerate(others):
+        spelling[byte] = chr(256 + i)
+    return spelling

@@ -1,0 +1,238 @@
+"""The weights of a Hugging Face directory, in and out: safetensors files, read and written one tensor at a time.
+
+Our parameters have the names of Llama's, Mistral's and Qwen's files, without "model." in front. Only GPT-2's differ.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+
+from hf.config import load_config
+from hf.hub import find_directory
+from model import GPT
+from runtime.files import iterate_safetensors, save_safetensors, write_whole
+
+
+SHARD_BYTES = 5_000_000_000                       # a model beyond this is saved in several files
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING = "embed_tokens.weight"
+HEAD = "lm_head.weight"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Constants that old files hold beside the weights.
+CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+
+def load_model(directory_or_hub_id):
+    """The GPT of a Hugging Face directory (or of a repository id, which is downloaded), on the CPU, in the dtype of its
+    files. They are read tensor by tensor, so that no more memory is used than for the model and one tensor.
+
+    Raises FileNotFoundError if a file is missing, and ValueError if one is damaged or not what we support.
+    """
+    directory = find_directory(directory_or_hub_id)
+    files = weight_files(directory)
+    config = load_config(directory)
+    # On "meta" a parameter has a shape and no memory: the file's tensors take its place.
+    with torch.device("meta"):
+        model = GPT(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    # A file may hold the head although it is tied to the embedding.
+    shapes.setdefault(HEAD, shapes[EMBEDDING])
+    tensors, misfits = {}, []
+    for name_in_file, name, t in read_tensors(files, is_gpt2(config)):
+        if shapes.get(name) != t.shape or name in tensors:
+            misfits.append(name_in_file)
+        tensors[name] = t
+    if config.tie_embeddings:
+        shapes.pop(HEAD)
+        head = tensors.pop(HEAD, None)
+        if head is not None and EMBEDDING in tensors and not torch.equal(head, tensors[EMBEDDING]):
+            misfits.append(f"{HEAD} (differs from the embedding that it is tied to)")
+    misfits += shapes.keys() - tensors.keys()
+    if misfits:
+        names = ", ".join(sorted(misfits)[:5])
+        if len(misfits) > 5:
+            names += f" and {len(misfits) - 5} more"
+        raise ValueError(f"{directory} does not fit its config.json: missing, unexpected, twice or of another shape: "
+                         f"{names}")
+    model.load_state_dict(tensors, assign=True)
+    model.file_dtypes = {name: t.dtype for name, t in tensors.items()}
+    return model
+
+
+def read_tensors(files, gpt2):
+    """Yields (name in the file, our name, tensor), holding one of the file's tensors at a time. Raises ValueError."""
+    for file in files:
+        for name_in_file, t in iterate_safetensors(file):
+            if name_in_file.endswith(CONSTANTS):
+                continue
+            if t.dtype not in DTYPES:
+                raise ValueError(f"{file}: {name_in_file} is {t.dtype}; supported: float32, float16, bfloat16")
+            if not gpt2:
+                yield name_in_file, name_in_file.removeprefix("model."), t
+                continue
+            for name, part in from_gpt2(name_in_file, t):
+                yield name_in_file, name, part
+
+
+def weight_files(directory):
+    """The safetensors files of a model directory, in order. Raises FileNotFoundError or ValueError."""
+    directory = Path(directory)
+    index = directory / INDEX
+    has_config = (directory / "config.json").is_file()
+    if has_config and (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if not has_config or not index.is_file():
+        raise FileNotFoundError(f"{directory}: no model there; expected config.json and {SINGLE}, or its shards and "
+                                "their index (pytorch_model.bin is a pickle and is not read)")
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        # A name with a directory in it could lead anywhere.
+        if not names or any(Path(name).name != name or not (directory / name).is_file() for name in names):
+            named = ", ".join(map(repr, names)) or "no file"
+            raise ValueError(f"it names {named}; expected files beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{index} is not an index that we can read: {e}") from None
+    return [directory / name for name in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+def save_model(model, directory):
+    """Writes config.json and model.safetensors (several of them above SHARD_BYTES), which transformers'
+    AutoModelForCausalLM opens. Adapters are merged; every tensor has the dtype that it was loaded from.
+
+    Raises OSError naming the file that could not be written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = plan_shards(model)
+    count = len(shards)
+    written = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    tensors = (t for _, t in tensors_for_file(model))
+    for file, shard in zip(written, shards):
+        save_safetensors(shard, directory / file, itertools.islice(tensors, len(shard)))
+    if count > 1:
+        total_size = sum(t.nbytes for shard in shards for t in shard.values())
+        weight_map = {name: file for file, shard in zip(written, shards) for name in shard}
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_whole(directory / INDEX, [json.dumps(index).encode()])
+        written.append(INDEX)
+    # config.json comes last: a directory without it is unfinished.
+    write_whole(directory / "config.json", [json.dumps(config_for_file(model), indent=2).encode()])
+    # A model that was here before may have had other files.
+    for file in directory.glob("model*.safetensors*"):
+        if file.name not in written:
+            file.unlink()
+
+
+def plan_shards(model):
+    """[{name: tensor on "meta"}], one for each file of at most SHARD_BYTES; a larger tensor has a file to itself."""
+    shards, room = [{}], SHARD_BYTES
+    for name, t in tensors_for_file(model, "meta"):
+        if t.nbytes > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = t
+        room -= t.nbytes
+    return shards
+
+
+def config_for_file(model):
+    """The config.json that the model was made from, with the dtype of its file."""
+    config_json = model.config.hf
+    # transformers 5's spelling, and that of transformers 4.
+    key = "dtype" if "dtype" in config_json else "torch_dtype"
+    dtype = model.file_dtypes.get(EMBEDDING, model.embed_tokens.weight.dtype)
+    return {**config_json, key: str(dtype).removeprefix("torch.")}
+
+
+def tensors_for_file(model, device="cpu"):
+    """Yields (name, tensor) as Hugging Face has them, one at a time (device "meta": the shapes alone)."""
+    gpt2 = is_gpt2(model.config)
+    for name, _ in model.named_parameters():
+        if ".lora_" in name:
+            # It is merged into the matrix that it adapts.
+            continue
+        if gpt2:
+            yield from to_gpt2(name, model, device)
+        elif name == HEAD:
+            yield name, merged(name, model, device)
+        else:
+            yield "model." + name, merged(name, model, device)
+
+
+def merged(name, model, device):
+    """A parameter with its adapter merged, in the dtype that it was loaded from."""
+    module_name, _, kind = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    p = model.get_parameter(name).detach().to(device)
+    if kind == "weight" and getattr(module, "scale", 0):
+        a = module.lora_a.detach().to(device)     # (rank, in)
+        b = module.lora_b.detach().to(device)     # (out, rank)
+        p = p.float() + module.scale * (b @ a)    # (out, in)
+    return p.to(model.file_dtypes.get(name, p.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2's files differ from ours in three ways.
+# - Names: its "transformer.h.0.mlp.c_fc.weight" is our "layers.0.mlp.up_proj.weight".
+# - Inside a block it stores matrices as (in, out), for x W; torch's Linear, and so ours, as (out, in), for x W^T.
+# - It projects to queries, keys and values with one matrix (d, 3d): transposed (3d, d), it is our three, one below the
+#   other. Its bias (3d,) is our three likewise.
+
+# Applied in this order, both ways: "norm." also ends the names of the two norms above it.
+GPT2_NAMES = [
+    ("wte.", "embed_tokens."),
+    ("wpe.", "embed_positions."),
+    ("ln_1.", "input_layernorm."),
+    ("ln_2.", "post_attention_layernorm."),
+    ("ln_f.", "norm."),
+    ("attn.c_attn.", "self_attn.q_proj."),
+    ("attn.c_proj.", "self_attn.o_proj."),
+    ("mlp.c_fc.", "mlp.up_proj."),
+    ("mlp.c_proj.", "mlp.down_proj."),
+    ("h.", "layers."),
+]
+
+
+def is_gpt2(config):
+    return config.rope_theta is None
+
+
+def from_gpt2(name, t):
+    """A tensor of a GPT-2 file as ours: [(name, tensor)], three of them for queries, keys and values."""
+    # The published files have no prefix, transformers' have one.
+    name = name.removeprefix("transformer.")
+    if name.startswith("h.") and t.dim() == 2:
+        t = t.t().contiguous()
+    for theirs, ours in GPT2_NAMES:
+        name = name.replace(theirs, ours)
+    # A number without dimensions cannot be cut; its shape will be refused.
+    if ".q_proj." not in name or t.dim() == 0:
+        return [(name, t)]
+    names = [name, name.replace(".q_proj.", ".k_proj."), name.replace(".q_proj.", ".v_proj.")]
+    return list(zip(names, t.chunk(3)))
+
+
+def to_gpt2(name, model, device):
+    """Yields the (name, tensor) of a GPT-2 file that our parameter of this name begins: keys and values go with the
+    queries."""
+    if ".k_proj." in name or ".v_proj." in name:
+        return
+    t = merged(name, model, device)
+    if ".q_proj." in name:
+        k = merged(name.replace(".q_proj.", ".k_proj."), model, device)
+        v = merged(name.replace(".q_proj.", ".v_proj."), model, device)
+        t = torch.cat([t, k, v])
+    if name.startswith("layers.") and t.dim() == 2:
+        t = t.t()
+    for theirs, ours in GPT2_NAMES:
+        name = name.replace(ours, theirs)
+    yield name if name == HEAD else "transformer." + name, t
