@@ -36,11 +36,12 @@ def group_confidence(logp, offsets, group_size=256):
     window, all its tokens. The geometric mean is that of the authors' released code; its README speaks of the mean.
     Their exponent gamma (default 1) is left out. An empty sample gets 1, so that its weight 1 - C_b is 0.
 
-    logp: (N,) log-probs of the response tokens. offsets: (S+1,) int64. Raises ValueError as `token_weights` does.
+    logp: (N,) log-probs of the response tokens; no gradient flows back to them. offsets: (S+1,) int64.
+    Raises ValueError as `token_weights` does.
     """
     _check(logp, offsets, group_size)
     sample, first, last = _bounds(logp, offsets)                      # (N,) each
-    total = logp.double().clamp(min=-1e6).cumsum(0)                   # (an infinite one would spoil all that follow)
+    total = logp.detach().double().clamp(min=-1e6).cumsum(0)          # (an infinite one would spoil all that follow)
     total = F.pad(total, (1, 0))                                      # (N+1,) total[j] - total[i] sums tokens i..j-1
     start = torch.arange(len(logp), device=logp.device)               # a window starts at every token ...
     end = torch.minimum(start + group_size, last)                     # ... and ends with its sample at the latest
@@ -57,11 +58,11 @@ def local_confidence(logp, offsets, group_size=256):
         c_t = arithmetic mean of p over [t - g//2, t - g//2 + g - 1], cut off at the sample's ends
 
     and divided by the number of tokens really in the window. Where an even window is centred is our reading.
-    Arguments and errors: as `group_confidence`.
+    Arguments, gradient and errors: as `group_confidence`.
     """
     _check(logp, offsets, group_size)
     _, first, last = _bounds(logp, offsets)                           # (N,) each
-    total = F.pad(logp.double().exp().cumsum(0), (1, 0))              # (N+1,)
+    total = F.pad(logp.detach().double().exp().cumsum(0), (1, 0))     # (N+1,)
     left = torch.arange(len(logp), device=logp.device) - group_size // 2
     start, end = torch.maximum(left, first), torch.minimum(left + group_size, last)
     return (total[end] - total[start]) / (end - start)
@@ -147,18 +148,31 @@ def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=N
     Other arguments and errors: as `token_weights`; also ValueError for a number as denominator that is not positive.
     """
     weights = _weights(logp, offsets, objective, group_size)          # (N,) s_b * w_t, float64, no gradient
-    offsets, by_samples = offsets.to(logp.device, non_blocking=True), OBJECTIVES[objective].average == "samples"
+    average = OBJECTIVES[objective].average
     if denominator is not None and not isinstance(denominator, torch.Tensor) and not denominator > 0:
-        raise ValueError(f"denominator must be the global batch's number of "
-                         f"{'samples' if by_samples else 'response tokens'}, above 0; it is {denominator!r}")
+        what = "samples" if average == "samples" else "response tokens"
+        raise ValueError(f"denominator must be the global batch's number of {what}, above 0; it is {denominator!r}")
     if len(logp) == 0:
         return logp.sum().to(_precision(logp))
-    if by_samples:
+    offsets = offsets.to(logp.device, non_blocking=True)
+    if average == "samples":
         _, first, last = _bounds(logp, offsets)
         weights = weights / (last - first)                            # 1/n_b
     if denominator is None:
-        denominator = (offsets.diff() > 0).sum() if by_samples else len(logp)
+        denominator = global_denominator(objective, offsets.diff())
     return -((weights * logp.double()).sum() / denominator).to(_precision(logp))
+
+
+def global_denominator(objective, response_lengths):
+    """What the global batch's loss is divided by: N for the average "tokens", B for "samples".
+
+    response_lengths: n_b of every sample of the global batch; those with n_b = 0 do not count in B. A list gives an
+    int, a tensor a 0-d tensor on its device. Raises ValueError for an unknown objective.
+    """
+    by_samples = _row(objective).average == "samples"
+    if isinstance(response_lengths, torch.Tensor):
+        return (response_lengths > 0).sum() if by_samples else response_lengths.sum()
+    return sum(n > 0 for n in response_lengths) if by_samples else sum(response_lengths)
 
 
 def loss_from_logits(logits, labels, objective="bft", group_size=256, denominator=None):
@@ -182,12 +196,17 @@ def loss_from_logits(logits, labels, objective="bft", group_size=256, denominato
 
 def _weights(logp, offsets, objective, group_size):
     """s_b * w_t in float64: (N,). The stop-gradient of every equation is the detach() here."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
+    row = _row(objective)
     _check(logp, offsets, group_size)
-    row, logp, offsets = OBJECTIVES[objective], logp.detach().double(), offsets.to(logp.device, non_blocking=True)
+    logp, offsets = logp.detach().double(), offsets.to(logp.device, non_blocking=True)
     sample, _, _ = _bounds(logp, offsets)
     return row.sample_weight(logp, offsets, group_size)[sample] * row.token_weight(logp, offsets, group_size)
+
+
+def _row(objective):
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective]
 
 
 def _bounds(logp, offsets):
@@ -214,6 +233,15 @@ def _check(logp, offsets, group_size):
         fall = next((f", falling from {a} to {b}" for a, b in itertools.pairwise(offsets.tolist()) if b < a), "")
         raise ValueError(f"offsets must start at 0, never fall and end at N = {len(logp)}; they go from {offsets[0]} "
                          f"to {offsets[-1]}{fall}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside the loss
+
+def sample_sums(values, offsets):
+    """The sum of each sample's values, (N,) in the ragged layout: (S,) float64. Nothing is checked."""
+    sample, _, _ = _bounds(values, offsets)
+    return values.new_zeros(len(offsets) - 1, dtype=torch.float64).index_add(0, sample, values.double())
 
 
 def worked_example():
