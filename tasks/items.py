@@ -1,0 +1,122 @@
+"""Files that tasks read: lines with certain keys, and samples that every model reads with its own tokenizer."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import hf
+from data import load_samples, read_jsonl
+from runtime.process import UserError
+
+
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
+
+
+def is_texts(value):
+    return isinstance(value, list) and value != [] and all(map(is_text, value))
+
+
+def is_label(value):
+    return value in (0, 1)
+
+
+def is_numbers(value):
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(number) in (int, float) and abs(number) < 1e30 for number in value)
+
+
+class Kind(NamedTuple):
+    expected: str                    # in words
+    fits: Callable                   # value -> whether it is one
+
+
+KINDS = {
+    "text": Kind("some text", is_text),
+    "texts": Kind("a list of texts", is_texts),
+    "label": Kind("0 or 1", is_label),
+    "numbers": Kind("a list of numbers, as many on each line", is_numbers),
+}
+
+
+def load_items(path, **kinds):
+    """Lines that have these keys, {key: name of its kind}, further ones allowed: a list of dicts, each with its "line"
+    and "group". Raises UserError."""
+    items = []
+    for line, row in read_jsonl(path):
+        for key, name in kinds.items():
+            kind = KINDS[name]
+            fits = kind.fits(row.get(key))
+            if fits and name == "numbers" and items:
+                fits = len(row[key]) == len(items[0][key])
+            if not fits:
+                found = str(row.get(key, "missing"))[:50]
+                raise UserError(f"{path}:{line}: {key!r} is {found}; expected {kind.expected}")
+        items.append({**row, "line": line, "group": group_of(row)})
+    return items
+
+
+def group_of(row):
+    return None if row.get("group") is None else str(row["group"])
+
+
+def load_genes(path, **kinds):
+    """{gene: item} of a file of {"gene", ...}. Raises UserError, also for a gene that is there twice: it would be
+    learned from and asked about."""
+    genes = {}
+    for item in load_items(path, gene="text", **kinds):
+        gene = item["gene"]
+        if gene in genes:
+            raise UserError(f"{path}:{item['line']}: {gene} is on line {genes[gene]['line']} too; expected each gene "
+                            "once")
+        genes[gene] = item
+    return genes
+
+
+def load_samples_of_models(file, evaluation, limit=None, lines=()):
+    """{path: [Sample, ...]}: the same samples for every model, each by its own tokenizer and chat format.
+
+    limit: the first so many; lines: those on these lines instead. Raises UserError where two models would keep
+    different samples.
+    """
+    args, ranks = evaluation.args, evaluation.ranks
+    first = next(iter(evaluation.models))
+    samples = {}
+    cut_at = set()                   # where samples of the file end; None: none of them is cut
+    for path, opened in evaluation.models.items():
+        warn_of_template(opened, ranks)
+        longest = args.max_length or opened.config.max_positions
+        found, counts = load_samples(file, opened.tokenizer, opened.chat_format, longest)
+        ranks.print(f"{path}: {counts['cut']} of {file} cut at {longest} tokens, {counts['dropped']} dropped")
+        cut_at.add(longest if counts["cut"] else None)
+        samples[path] = choose_samples(found, file, limit, lines)
+        same_lines = [sample.line for sample in samples[path]] == [sample.line for sample in samples[first]]
+        if not same_lines or len(cut_at) > 1:
+            raise UserError(f"{file}: {path} and {first} keep different samples, or parts of them, within their "
+                            "positions; expected a --max-length that both have, to compare them on the same ones")
+    return samples
+
+
+def choose_samples(samples, file, limit, lines):
+    if not lines:
+        return samples[:limit]
+    chosen = [sample for sample in samples if sample.line in lines]
+    missing = set(lines) - {sample.line for sample in chosen}
+    if missing:
+        raise UserError(f"{file}: --lines: there is no sample on line {min(missing)}")
+    return chosen
+
+
+def warn_of_template(opened, ranks):
+    """Says once where a model's own chat template writes something else than the chat format that is used."""
+    if ranks.rank == 0:
+        difference = template_difference(opened.directory, opened.tokenizer, opened.chat_format)
+        if difference:
+            ranks.once(f"warning: {difference}")
+
+
+# Several tasks may ask the same models, and a template is rendered in a process of its own.
+@functools.cache
+def template_difference(directory, tokenizer, chat_format):
+    return hf.compare_template(directory, tokenizer, chat_format)

@@ -1,0 +1,34 @@
+"""How far long work has come, on stderr."""
+
+import sys
+import time
+
+import torch.distributed as dist
+
+
+SECONDS = 5                          # between two lines, and before the first
+
+
+def with_progress(work, label):
+    """Yields the elements of a list; rank 0 says now and then how many are done, and how long the rest will take.
+
+    label: what the work is called; None: nothing is said.
+    """
+    start = said = time.monotonic()
+    silent = label is None or (dist.is_initialized() and dist.get_rank() > 0)
+    for done, element in enumerate(work, 1):
+        yield element
+        now = time.monotonic()
+        if silent or now - said < SECONDS or done == len(work):
+            continue
+        said = now
+        left = (now - start) / done * (len(work) - done)
+        print(f"{label}: {done} of {len(work)} parts, {duration(left)} left", file=sys.stderr, flush=True)
+
+
+def duration(seconds):
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
