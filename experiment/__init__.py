@@ -1,0 +1,1 @@
+"""The default job, `python train.py`: what each loss learns, its findings and its pictures."""

@@ -1,0 +1,291 @@
+"""The default job, `python train.py`: what does each loss learn, depending on what the model already believes?
+
+For each seed a small base learns the facts of assets/, and from it each objective is trained at each learning rate, on
+the same samples in the same order. Multiple-choice questions tell what each model believes. The findings are printed
+and kept in --out:
+
+    table.txt, results.json         the findings, and every item's scores
+    seed-S/lr-R/OBJECTIVE/          the runs
+    demo-*.png                      pictures
+
+Bases are kept in runs/base-*, for the next time.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import re
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data import load_samples, read_jsonl
+from experiment.findings import FOLLOWED, NOVEL, analyse
+from experiment.gradient import gradient_items
+from experiment.pictures import plot
+from experiment.planting import plant
+from experiment.report import introduce, render, summarise
+from hf import files_beside_model, llama_config, load_tokenizer, load_weights
+from model import GPT
+from runtime.device import compute_dtype
+from runtime.files import write_whole
+from runtime.process import UserError
+from runtime.run_directory import ROUNDING, WITHOUT_EFFECT, check_out
+from tasks.choice import choice_items, load_choice
+
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+ASSETS = CHECKOUT / "assets"
+
+SEEDS = (0,)
+LEARNING_RATES = (2e-4, 1e-3, 2e-3, 4e-3)
+
+# What differs from the defaults of train.Settings. Responses have about 45 tokens, so that the paper's groups of 256
+# would all be whole samples: 16 gives each some thirty. A model this small is faster in float32 than under bfloat16
+# autocast, and not worth compiling many times.
+DEFAULTS = {
+    "out": "runs/demo",
+    "objective": ("sft", "sft-sample", "bft-token", "bft", "bft-v3"),
+    "group_size": 16,
+    "epochs": 3,
+    "dtype": "float32",
+    "compile": False,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 96,
+}
+
+# The base's settings. It has train.Settings' defaults for the others, but for those that it shares with its runs.
+BASE = {
+    "init": "scratch",
+    "objective": ("sft",),
+    "epochs": 6,
+    "batch_size": 48,
+    "lr": 5e-3,
+    "weight_decay": 0.01,
+    "log_every": 200,
+}
+SHARED_WITH_BASE = ("dtype", "device", "compile", "recompute", "micro_tokens", "n_layer", "n_head", "n_embd")
+
+# Where a batch has one sample, these do what another one does: no gradient of theirs is measured.
+SAME_IN_A_SAMPLE = ("sft-sample", "bft-token", "bft-tokavg")
+
+OURS = re.compile(r"seed-\d+|table\.txt|results\.json|.*\.(png|tmp)")
+
+
+def add_flags(parser):
+    group = parser.add_argument_group("the default job alone")
+    group.add_argument("--seeds", nargs="+", type=int,
+                       help="a base, planted labels and an order of samples for each; three and more give intervals "
+                       f"over trainings (default: {' '.join(map(str, SEEDS))})")
+    group.add_argument("--lrs", nargs="+", type=float,
+                       help="every objective is trained at each of these peak learning rates "
+                       f"(default: {' '.join(f'{lr:g}' for lr in LEARNING_RATES)})")
+
+
+def parse_grid(given, seeds=None, lrs=None):
+    """The (seeds, learning rates) that the job goes over. given: the settings that the command names; seeds, lrs: what
+    follows these flags. Raises UserError."""
+    for one, several in (("seed", seeds), ("lr", lrs)):
+        if one in given and several:
+            raise UserError(f"--{one} and --{one}s are both given; expected one of them")
+    if not seeds:
+        seeds = [given["seed"]] if "seed" in given else SEEDS
+    if not lrs:
+        lrs = [given["lr"]] if "lr" in given else LEARNING_RATES
+    seeds_are_good = all(0 <= seed < 2 ** 32 for seed in seeds)
+    lrs_are_good = all(0 < lr < math.inf for lr in lrs)
+    if not seeds_are_good or not lrs_are_good:
+        raise UserError(f"--seeds {seeds} --lrs {lrs}; expected seeds of 0 or more, below 2**32, and rates above 0")
+    return sorted(set(seeds)), sorted(set(lrs))
+
+
+def run_job(settings, seeds, learning_rates, ranks, train, describe_run, check_memory):
+    """The whole job. settings: a train.Settings. train, describe_run, check_memory: train.py's functions. Raises
+    UserError."""
+    began = time.perf_counter()
+    out = Path(settings.out)
+    refuse_other_contents(out)
+    job = Job(settings, ranks, train, describe_run)
+    check_memory(job.model_config, settings, ranks)
+    # Every path is looked at before any training.
+    plans = [job.plan(seed, learning_rates) for seed in seeds]
+    ranks.print(introduce(settings.objective, seeds, learning_rates))
+
+    models = []
+    gradient = None
+    for plan in plans:
+        ranks.print(f"\nSeed {plan.seed}: a base learns the facts of the known genes. It is kept for the next time.")
+        base_directory = job.train(plan.base, functools.partial(GPT, job.model_config), job.texts)
+        base = job.load(base_directory)
+        models.append(job.ask(base, "base", 0, plan))
+        if gradient is None:
+            gradient = job.measure_gradient(base, plan.samples[::3])
+        for training in plan.trainings:
+            directory = job.fine_tune(training, base_directory, plan.samples)
+            models.append(job.ask(job.load(directory), training.objective, training.settings.lr, plan))
+    if ranks.rank == 0:
+        results = {"objectives": settings.objective, "seeds": seeds, "lrs": learning_rates, "models": models,
+                   "gradient": gradient}
+        report(results, out, ranks)
+        draw(out, plans[0], learning_rates, ranks)
+        ranks.print(f"Every item's scores are in {out / 'results.json'}. {time.perf_counter() - began:.0f} s.")
+
+
+def refuse_other_contents(out):
+    """Raises UserError if --out holds anything else than an earlier default job."""
+    names = set()
+    if out.is_dir():
+        names = {path.name for path in out.iterdir()}
+    unexpected = [name for name in names if not OURS.fullmatch(name)]
+    has_runs = any(name.startswith("seed-") for name in names)
+    # An evaluation, too, leaves a results.json.
+    if unexpected or ("results.json" in names and not has_runs):
+        raise UserError(f"--out {out} holds something else; expected a new path, or that of an earlier default job")
+
+
+class Training(NamedTuple):
+    settings: Any               # a train.Settings
+    objective: str
+    out: Path
+    config: dict                # its config.json
+
+
+class Plan(NamedTuple):
+    """A seed: its base, and what is trained from that."""
+
+    seed: int
+    base: Training
+    samples: list               # data.Sample for fine-tuning, wrong labels among them
+    questions: list             # choice objects, wrong labels marked
+    trainings: list
+
+
+class Job:
+    """What is read from assets/, and each step of the job."""
+
+    def __init__(self, settings, ranks, train, describe_run):
+        self.settings, self.ranks = settings, ranks
+        self.train_run, self.describe_run = train, describe_run
+        self.dtype = compute_dtype(settings.dtype, ranks.device)
+        self.tokenizer = load_tokenizer(ASSETS)
+        self.beside_model = files_beside_model(self.tokenizer, [self.tokenizer.eos_id], {})
+        self.texts, _ = load_samples(ASSETS / "pretrain.jsonl", self.tokenizer)
+        self.rows = list(read_jsonl(ASSETS / "finetune.jsonl"))
+        self.questions = load_choice(ASSETS / "choice.jsonl")
+        try:
+            self.model_config = llama_config(self.tokenizer.n_vocab, settings.n_layer, settings.n_head, settings.n_embd,
+                                             2048, self.tokenizer.eos_id)
+        except ValueError as e:
+            raise UserError(f"--n-layer, --n-head and --n-embd: {e}") from None
+
+    # Before training
+
+    def plan(self, seed, learning_rates):
+        """What is trained for a seed. Raises UserError if a directory is not ours to write to."""
+        base = self.plan_base(seed)
+        rows, questions = plant(self.rows, self.questions, seed)
+        samples, _ = load_samples(ASSETS / "finetune.jsonl", self.tokenizer, rows=rows)
+        files = {"data": [ASSETS / "finetune.jsonl"], "choice": [ASSETS / "choice.jsonl"],
+                 "tokenizer": [ASSETS / "tokenizer.json"]}
+        trainings = []
+        for lr in learning_rates:
+            # The base is on record: from another one it is another run.
+            settings = replace(self.settings, seed=seed, lr=lr, init=str(base.out))
+            for objective in settings.objective:
+                out = Path(settings.out) / f"seed-{seed}" / f"lr-{lr}" / objective
+                config = self.describe_run(settings, objective, files, samples, self.ranks)
+                check_out(out, config, settings.resume)
+                trainings.append(Training(settings, objective, out, config))
+        return Plan(seed, base, samples, questions, trainings)
+
+    def plan_base(self, seed):
+        shared = {name: getattr(self.settings, name) for name in SHARED_WITH_BASE}
+        settings = type(self.settings)(**BASE, **shared, seed=seed)
+        files = {"data": [ASSETS / "pretrain.jsonl"], "tokenizer": [ASSETS / "tokenizer.json"]}
+        config = self.describe_run(settings, "sft", files, self.texts, self.ranks)
+        # It is named by all that can change it, our code included.
+        of_no_account = WITHOUT_EFFECT | ROUNDING
+        matters = {name: value for name, value in config["settings"].items() if name not in of_no_account}
+        key = json.dumps([matters, config["sha256"], read_code()])
+        out = Path("runs") / f"base-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        check_out(out, config, resume=True)
+        return Training(settings, "sft", out, config)
+
+    # One training, and what its model believes
+
+    def train(self, training, make_model, samples):
+        """Returns the directory of the model."""
+        return self.train_run(training.settings, training.objective, training.out, training.config, make_model, samples,
+                              [], self.beside_model, self.ranks)
+
+    def fine_tune(self, training, base_directory, samples):
+        self.ranks.quiet = True
+        directory = self.train(training, functools.partial(load_weights, base_directory), samples)
+        self.ranks.quiet = False
+        if self.ranks.rank == 0:
+            # It is finished, and the checkpoints of so many would fill a disk.
+            shutil.rmtree(training.out / "checkpoint", ignore_errors=True)
+        return directory
+
+    def load(self, directory):
+        return load_weights(directory).cast(self.dtype).to(self.ranks.device)
+
+    def ask(self, model, objective, lr, plan):
+        """The model's entry in results.json. lr: 0 for the base."""
+        kept = ("line", "group", "acc", "nll", "followed", "planted_nll")
+        items = []
+        for answer in choice_items(model, self.tokenizer, plan.questions, self.dtype):
+            items.append({key: answer[key] for key in kept if key in answer})
+        novel, wrong = (np.mean([item[measure] for item in items if item["group"] == stratum])
+                        for stratum, measure in (NOVEL, FOLLOWED))
+        label = f"lr {lr:g}  {objective}" if lr else objective
+        self.ranks.print(f"seed {plan.seed}  {label:22s}  novel facts right {novel:4.0%}  "
+                         f"wrong labels followed {wrong:4.0%}")
+        return {"objective": objective, "seed": plan.seed, "lr": lr, "items": items}
+
+    def measure_gradient(self, base, samples):
+        """What sft, dft and the job's objectives do to each token."""
+        names = dict.fromkeys(("sft", "dft", *self.settings.objective))
+        names = [name for name in names if name not in SAME_IN_A_SAMPLE]
+        return gradient_items(base, samples, names, self.settings.group_size, self.dtype)
+
+
+def read_code():
+    """The sources of all that training runs."""
+    files = [CHECKOUT / name for name in ("bft.py", "data.py", "model.py", "train.py")]
+    for folder in ("hf", "runtime"):
+        files += sorted((CHECKOUT / folder).glob("*.py"))
+    return [path.read_text(encoding="utf-8") for path in files]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After training
+
+def report(results, out, ranks):
+    write_whole(out / "results.json", [json.dumps(results).encode()])
+    analysis = analyse(results)
+    summary, everything = summarise(analysis), render(analysis)
+    write_whole(out / "table.txt", [f"{summary}\n{everything}".encode()])
+    ranks.print(f"\n{summary}")
+    if len(results["seeds"]) > 1:
+        ranks.print(everything)
+    else:
+        ranks.print(f"Learning rates, kinds of facts and gradients, one by one: {out / 'table.txt'}")
+
+
+def draw(out, plan, learning_rates, ranks):
+    """The job's pictures, and the training curves of the plan's runs at the middle learning rate."""
+    middle = learning_rates[len(learning_rates) // 2]
+    runs = [training.out for training in plan.trainings if training.settings.lr == middle]
+    try:
+        for path in plot([out, *runs], out / "demo"):
+            ranks.print(f"picture: {path}")
+    except UserError as e:
+        # matplotlib is not one of the required packages.
+        ranks.print(f"No pictures: {e}; then: python eval.py {out} --tasks plot --out {out / 'demo'}")
