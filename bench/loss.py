@@ -22,7 +22,8 @@ from measure import heading, interleave, print_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bft  # noqa: E402
-from model import autocast, linear_logprobs  # noqa: E402
+from model import linear_logprobs  # noqa: E402
+from runtime.device import autocast  # noqa: E402
 
 
 def ours(objective, labels):

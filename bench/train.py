@@ -22,8 +22,11 @@ from measure import gigabytes, heading, interleave, medquad_batch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import hf  # noqa: E402
 import train  # noqa: E402
-from model import GPT, GPTConfig, autocast  # noqa: E402
+from model import GPT  # noqa: E402
+from runtime.device import autocast  # noqa: E402
+from runtime.ranks import Ranks  # noqa: E402
 
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
@@ -50,14 +53,14 @@ def update(model, optimizer):
 
 
 def ours(shape, s, ranks):
-    model = GPT(GPTConfig.from_hf(shape)).to(ranks.device)
+    model = GPT(hf.config_from_dict(shape)).to(ranks.device)
     model.recompute = s.recompute
     if s.compile:
         model.compile()
     optimizer = optimizer_of(model)
 
     def step(batch, dtype):
-        loss, *_ = train.backward(model, batch, "bft", s, ranks, dtype)
+        loss, *_ = train.forward_backward(model, batch, "bft", s, ranks, dtype)
         update(model, optimizer)
         return loss.item()
     return step, model
@@ -111,7 +114,7 @@ def main():
     args = parser.parse_args()
     if args.dry:
         args.shape, args.batch_size, args.repeats, args.micro_tokens = "dry", 4, 1, 512
-    shape, dtype, ranks = SHAPES[args.shape], getattr(torch, args.dtype), train.Ranks(args.device)
+    shape, dtype, ranks = SHAPES[args.shape], getattr(torch, args.dtype), Ranks(args.device)
     s = train.Settings(micro_tokens=args.micro_tokens, compile=args.compile, recompute=args.recompute)
     torch.compiler.set_stance("default" if args.compile else "force_eager")
     packages = []

@@ -22,8 +22,9 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # data.py and model.py are in the root
-from data import Parser, UserError, read_jsonl, run  # noqa: E402
-from model import write_whole  # noqa: E402
+from data import read_jsonl  # noqa: E402
+from runtime.files import write_whole  # noqa: E402
+from runtime.process import Parser, UserError, run  # noqa: E402
 
 
 DECISIONS = ["yes", "no", "maybe"]

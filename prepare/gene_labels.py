@@ -20,8 +20,8 @@ from go_facts import Ontology
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # data.py and model.py are in the root
-from data import Parser, UserError, run  # noqa: E402
-from model import write_whole  # noqa: E402
+from runtime.files import write_whole  # noqa: E402
+from runtime.process import Parser, UserError, run  # noqa: E402
 
 
 # property: (its term, its aspect)

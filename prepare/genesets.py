@@ -17,8 +17,8 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # data.py and model.py are in the root
-from data import Parser, UserError, run  # noqa: E402
-from model import write_whole  # noqa: E402
+from runtime.files import write_whole  # noqa: E402
+from runtime.process import Parser, UserError, run  # noqa: E402
 
 
 IDS, NAMES = ("ID", "NEST ID", "GO"), ("Name", "name_new", "Term_Description", "Truth Label")

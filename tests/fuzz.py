@@ -1,6 +1,6 @@
 """Spoils what data.py and the loaders read, at random, and looks at what comes of it. test_fuzz.py tries 200 spoilt inputs.
 
-    PYTHONPATH=. python tests/fuzz.py 10000 [--seed 0] [--only jsonl] [--first 0]
+    PYTHONPATH=.:tests python tests/fuzz.py 10000 [--seed 0] [--only jsonl] [--first 0]
 
 Each input must end in a clean error (UserError, or what the loader's docstring says) of one line, or be loaded correctly: as a reading
 of our own says, or the `tokenizers` and `safetensors` libraries; never in another exception, after more than SECONDS, or with more
@@ -25,17 +25,21 @@ from pathlib import Path
 import safetensors.torch
 import tokenizers
 import torch
-from test_tokenizer import CHATML, SPECIAL, STYLES, build
-from tiny import tiny
+from support import ASSETS, save_with_tokenizer, tiny
+from tokenizer_files import CHATML, SPECIAL, STYLES, build
 
 import data
-import eval as evaluation
-import model
+import hf
+import hf.weights
 import train
+from model import GPT
+from runtime import run_directory
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.files import load_safetensors
+from runtime.process import UserError
+from runtime.process import run as run_command
 
 
-ROOT = Path(__file__).resolve().parents[1]
-ASSETS = ROOT / "assets"
 SECONDS, MEMORY = 20, 2 * 2 ** 30                                         # of one input; of all of them together
 ODD = [None, True, False, 0, -1, 1, 2, 7, 2 ** 31, 2 ** 63, 10 ** 18, 10 ** 30, "DIGITS", 0.5, -0.0, 1e308, -1e308, float("nan"), "", "x", "\0",
        "\ud800", "../../x", "/etc/passwd", "a" * 10000, "ÿ", [], {}, [[]], {"a": {}}, [1, 2], "true", "Ġ", "<|im_end|>"]
@@ -144,7 +148,7 @@ def jsonl(directory, rng, made):
         path, raw = directory / "a.jsonl.gz", gzip.compress(plain, 1)
         raw = spoil_bytes(raw, rng) if rng.random() < 0.6 else raw
     path.write_bytes(raw)
-    result, error = refusal(lambda: data.load_samples(path, made["tokenizer"], "plain", limit), path, data.UserError)
+    result, error = refusal(lambda: data.load_samples(path, made["tokenizer"], "plain", limit), path, UserError)
     if error:
         return "refused"
     samples, counts = result
@@ -172,7 +176,7 @@ def tokenizer(directory, rng, made):
     """Its ids are those of the library, if that loads it too."""
     shutil.copytree(made["tokenizers"] / rng.choice(("assets", *STYLES)), directory, dirs_exist_ok=True)
     spoil_file(directory / rng.choice(("tokenizer.json",) * 9 + ("tokenizer_config.json",)), rng)
-    ours, error = refusal(lambda: data.load_tokenizer(directory), directory, data.UserError)
+    ours, error = refusal(lambda: hf.load_tokenizer(directory), directory, UserError)
     if error:
         return "refused"
     try:
@@ -184,7 +188,7 @@ def tokenizer(directory, rng, made):
         expected = None
     for i, text in enumerate(PROBES):
         ids = ours.encode(text)
-        data.encode_sample([("user", text), ("assistant", text)], ours) if ours.eos_id is not None else None
+        hf.encode_turns([("user", text), ("assistant", text)], ours, "plain") if ours.eos_id is not None else None
         special = any(t and t in text and not (ours.added and ours.added.fullmatch(t)) for t in ours.special)   # the library reads those
         assert expected is None or special or ids == expected[i], (text, ids, expected[i])
         assert all(0 <= n < ours.n_vocab for n in ids) and isinstance(ours.decode(ids), str)
@@ -196,17 +200,17 @@ def directory_of_a_model(directory, rng, made):
     shutil.copytree(made["models"] / rng.choice(("gpt2", "llama", "sharded", "qwen3")), directory, dirs_exist_ok=True)
     path = rng.choice(sorted(directory.iterdir()))
     spoil_file(path, rng)
-    opened, error = refusal(lambda: evaluation.open_model(directory), directory, data.UserError)
+    opened, error = refusal(lambda: hf.open_model(directory), directory, UserError)
     if opened:
         with torch.device("meta"):
-            model.GPT(opened[1])
-        generation, error = refusal(lambda: evaluation.generation_config(directory), directory, data.UserError)
-        evaluation.stop_ids(opened[1], generation or {}, opened[2], "plain")
-    loaded, error = refusal(lambda: model.GPT.from_pretrained(directory), directory, ValueError, FileNotFoundError)
+            GPT(opened[1])
+        generation, error = refusal(lambda: hf.generation_config(directory), directory, UserError)
+        hf.stop_ids(opened[1], generation or {}, opened[2], "plain")
+    loaded, error = refusal(lambda: hf.load_model(directory), directory, ValueError, FileNotFoundError)
     if error:
         return "refused"
-    for file in model.weight_files(directory):
-        ours, raw = model.load_safetensors(file), file.read_bytes()
+    for file in hf.weight_files(directory):
+        ours, raw = load_safetensors(file), file.read_bytes()
         end = 8 + int.from_bytes(raw[:8], "little")
         head = json.dumps({k: v for k, v in json.loads(raw[8:end]).items() if k != "__metadata__"}).encode()   # which we do not read
         theirs = safetensors.torch.load(len(head).to_bytes(8, "little") + head + raw[end:])
@@ -224,7 +228,7 @@ def checkpoint(directory, rng, made):
     path.write_bytes(spoil_bytes(raw, rng))
     trained, optimizer = dict(net.named_parameters()), torch.optim.AdamW(net.parameters())
     try:
-        train.load_checkpoint(3, path, trained, optimizer)
+        load_checkpoint(3, path, trained, optimizer)
     except Exception:                                                     # load_newest catches and reports any
         return "refused"
     assert all(torch.equal(t, u) for t, u in zip(tensors(trained, optimizer), saved, strict=True))
@@ -242,7 +246,7 @@ def whole_run(directory, rng, made):
     if rng.random() < 0.6:
         shutil.rmtree(directory / "out")
     spoil_file(rng.choice(sorted(p for p in directory.rglob("*") if p.is_file())), rng)
-    train.sha256.cache_clear()
+    run_directory.sha256.cache_clear()
     code, out, err = train_in(directory)
     assert code == 0 and not err or code in (1, 2) and err.startswith("error: ") and err.count("\n") == 1 and len(err) < 1100, (code, err[:300])
     if code:
@@ -262,14 +266,14 @@ def train_in(directory):
                 f"--lora-rank 1 --device cpu --out {directory}/out".split()]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            data.run(train.main)
+            run_command(train.main)
         except SystemExit as e:
             return e.code, out.getvalue(), err.getvalue()
 
 
 def make(directory):
     """Whole inputs, to be spoilt."""
-    made = {"tokenizer": data.load_tokenizer(ASSETS), "tokenizers": directory / "tokenizers", "models": directory / "models"}
+    made = {"tokenizer": hf.load_tokenizer(ASSETS), "tokenizers": directory / "tokenizers", "models": directory / "models"}
     (made["tokenizers"] / "assets").mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / name, made["tokenizers"] / "assets" / name)
@@ -279,10 +283,11 @@ def make(directory):
     for name, change in (("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                                      "original_max_position_embeddings": 64}}), ("sharded", {"tie_word_embeddings": False}),
                          ("gpt2", {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new"}), ("qwen3", {"architectures": ["Qwen3ForCausalLM"]})):
-        model.SHARD_BYTES, limit = 200_000 if name == "sharded" else model.SHARD_BYTES, model.SHARD_BYTES
-        tiny(vocab_size=made["tokenizer"].n_vocab, **change).save_pretrained(made["models"] / name)
-        model.SHARD_BYTES = limit
-        shutil.copytree(made["tokenizers"] / "assets", made["models"] / name, dirs_exist_ok=True)
+        limit = hf.weights.SHARD_BYTES
+        if name == "sharded":
+            hf.weights.SHARD_BYTES = 200_000
+        save_with_tokenizer(tiny(vocab_size=made["tokenizer"].n_vocab, **change), made["models"] / name)
+        hf.weights.SHARD_BYTES = limit
         (made["models"] / name / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4], "temperature": 0.5}))
         (made["models"] / name / "chat_template.jinja").write_text(CHATML)
     net = tiny(vocab_size=len(SPECIAL))
@@ -291,7 +296,7 @@ def make(directory):
     optimizer.step()
     path = directory / "checkpoint" / "step-3.pt"
     path.parent.mkdir()
-    train.save_checkpoint(directory, 3, dict(net.named_parameters()), optimizer, 1)
+    save_checkpoint(directory, 3, dict(net.named_parameters()), optimizer, 1)
     run = made["run"] = directory / "run"
     shutil.copytree(made["models"] / "llama", run / "base")
     (run / "data.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import train
-from data import run
+from runtime.process import run
 
 
 def main():

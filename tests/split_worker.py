@@ -1,16 +1,18 @@
 """Run by test_train.py, alone or under torchrun: the gradient of one global batch in several layouts, by the loop's own
-`train.backward`; rank 0 saves {"objective layout adapters": (loss, gradient, statistics of each sample)}, of all weights and of adapters."""
+`train.forward_backward`; rank 0 saves {"objective layout adapters": (loss, gradient, statistics of each sample)}, of all weights and of adapters."""
 
 import sys
 
 import numpy as np
 import torch
-from tiny import tiny
+from support import tiny
 from torch.nn.parallel import DistributedDataParallel
 
 import bft
 import train
-from data import Sample, run
+from data import Sample
+from runtime.process import run
+from runtime.ranks import Ranks
 
 
 GROUP_SIZE = 5
@@ -36,7 +38,7 @@ def setup(adapters):
 
 
 def main(out, *layouts):
-    ranks = train.Ranks("cpu")
+    ranks = Ranks("cpu")
     ranks.start()
     results = {}
     for adapters in (False, True):
@@ -46,8 +48,8 @@ def main(out, *layouts):
             for layout in layouts:                                        # micro_tokens, with a + filled up as for compiled blocks
                 model.zero_grad()
                 s = train.Settings(micro_tokens=int(layout.rstrip("+")), compile="+" in layout, group_size=GROUP_SIZE)
-                share = train.backward(net, batch, objective, s, ranks, torch.float32)
-                loss, statistics = train.settle(share, len(batch), ranks)
+                outcome = train.forward_backward(net, batch, objective, s, ranks, torch.float32)
+                loss, statistics = train.gather(outcome, len(batch), ranks)
                 results[f"{objective} {layout} {adapters}"] = (loss, gradient(model), torch.from_numpy(statistics))
     if ranks.rank == 0:
         torch.save(results, out)

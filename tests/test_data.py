@@ -1,39 +1,29 @@
-"""Files, chat format, order and packing."""
+"""Rows, samples, their order, and packing."""
 
 import gzip
 import json
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import ASSETS, ROOT
 
 import data
-
-
-ROOT = Path(__file__).resolve().parents[1]
+import hf
+from runtime.process import UserError
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(ROOT / "assets")
+    return hf.load_tokenizer(ASSETS)
 
 
 def write(path, *rows):
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     return path
-
-
-def test_ids_of_the_embedded_tokenizer_equal_the_library_s(tokenizer):
-    tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.Tokenizer.from_file(str(ROOT / "assets" / "tokenizer.json"))
-    for text in [json.loads(line)["text"] for line in open(ROOT / "assets" / "pretrain.jsonl")][::7]:
-        ids = tokenizer.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False).ids and tokenizer.decode(ids) == text
-    assert tokenizer.n_vocab == theirs.get_vocab_size() and tokenizer.eos_id == theirs.token_to_id("<|endoftext|>")
 
 
 def marked(sample, tokenizer):
@@ -64,8 +54,15 @@ def test_every_shape_marks_its_response(tmp_path, tokenizer):
     assert all((a.ids == b.ids).all() for a, b in zip(samples, again))
 
 
+def encode(tokenizer, *turns):
+    """The Sample of a conversation."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    samples, _ = data.load_samples("here", tokenizer, rows=[(1, {"messages": messages})])
+    return samples[0]
+
+
 def test_prompt_and_response_are_encoded_separately(tokenizer):
-    sample = data.encode_sample([("user", "x"), ("assistant", " y")], tokenizer)
+    sample = encode(tokenizer, ("user", "x"), ("assistant", " y"))
     assert sample.ids.tolist() == [*tokenizer.encode("x"), *tokenizer.encode("\n"), *tokenizer.encode(" y"), tokenizer.eos_id]
 
 
@@ -75,7 +72,7 @@ def test_long_samples_are_cut_at_the_end_and_dropped_when_nothing_is_left(tmp_pa
     samples, counts = data.load_samples(path, tokenizer, max_length=8)
     assert counts == {"samples": 2, "cut": 2, "dropped": 1}
     assert [len(s.ids) for s in samples] == [8, 4] and [s.line for s in samples] == [1, 3]
-    with pytest.raises(data.UserError, match="within 2 tokens"):
+    with pytest.raises(UserError, match="within 2 tokens"):
         data.load_samples(path, tokenizer, max_length=2)
 
 
@@ -112,7 +109,7 @@ def test_a_bad_line_is_named_with_file_and_number(case, tmp_path, tokenizer):
     path = tmp_path / "bad.jsonl"
     good = b'{"prompt": "a", "response": "b"}\n\n'
     path.write_bytes(good + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
-    with pytest.raises(data.UserError) as error:
+    with pytest.raises(UserError) as error:
         data.load_samples(path, tokenizer)
     assert f"{path}:3: " in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
 
@@ -125,7 +122,7 @@ def test_bad_files(tmp_path, tokenizer):
     (tmp_path / "no.jsonl.gz").write_bytes(b"not gzip")
     for name, words in (("missing.jsonl", "no such file"), ("empty.jsonl", "empty"), ("cut.jsonl.gz", "cannot be read"),
                         ("damaged.jsonl.gz", "cannot be read"), ("no.jsonl.gz", "cannot be read")):
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             data.load_samples(tmp_path / name, tokenizer)
 
 
@@ -151,28 +148,10 @@ def test_a_line_without_end_is_refused_before_it_is_read(tmp_path, tokenizer):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes(), 1))
     for name in ("a.jsonl", "b.jsonl.gz"):
         tracemalloc.start()
-        with pytest.raises(data.UserError, match=rf"{name}:2: a line of more than 16 MiB; expected one JSON object a line"):
+        with pytest.raises(UserError, match=rf"{name}:2: a line of more than 16 MiB; expected one JSON object a line"):
             data.load_samples(tmp_path / name, tokenizer)
         assert tracemalloc.get_traced_memory()[1] < 60_000_000
         tracemalloc.stop()
-
-
-@pytest.mark.parametrize("text", [" " * 1_200_000, "\n" * 1_200_000, "a" * 1_200_000, "the gene \n " * 100_000, "\u3000" * 600_000 + "x"])
-def test_a_long_text_is_encoded_as_the_library_does(text, tokenizer):
-    """tiktoken's own pattern matching ends the process's thread at a million spaces."""
-    tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.Tokenizer.from_file(str(ROOT / "assets" / "tokenizer.json"))
-    ids = tokenizer.encode(text)
-    assert ids == theirs.encode(text, add_special_tokens=False).ids and tokenizer.decode(ids) == text
-
-
-@pytest.mark.parametrize("change", [{"question": 1}, {"choices": ["a"]}, {"choices": ["a", ""]}, {"answer": 2}, {"answer": True},
-                                    {"context": 3}, {"planted": 2}])
-def test_bad_choice_items(change, tmp_path):
-    good = {"question": "q", "choices": ["a", "b"], "answer": 1}
-    assert data.load_choice(write(tmp_path / "good.jsonl", good)) == [{**good, "line": 1, "group": None}]
-    with pytest.raises(data.UserError, match=rf"bad\.jsonl:2: .*'{next(iter(change))}"):
-        data.load_choice(write(tmp_path / "bad.jsonl", good, {**good, **change}))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -204,8 +183,8 @@ def test_dealing_keeps_every_sample_and_every_limit():
 
 
 def test_collate_lays_samples_end_to_end(tokenizer):
-    samples = [data.encode_sample([("user", "ab"), ("assistant", "c")], tokenizer),
-               data.encode_sample([("user", "d"), ("assistant", "e f"), ("user", "g"), ("assistant", "h")], tokenizer)]
+    samples = [encode(tokenizer, ("user", "ab"), ("assistant", "c")),
+               encode(tokenizer, ("user", "d"), ("assistant", "e f"), ("user", "g"), ("assistant", "h"))]
     batch = data.collate(samples)
     ids = np.concatenate([s.ids for s in samples])
     assert batch.input_ids.tolist() == ids.tolist()
@@ -243,9 +222,23 @@ def test_sizes_that_are_compiled_are_few():
 
 def test_the_command_shows_samples_and_lengths(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "What?", "response": "That."}, {"prompt": "b", "response": "c"})
-    command = [sys.executable, ROOT / "data.py", path, "--tokenizer", ROOT / "assets", "-n", "1"]
+    command = [sys.executable, ROOT / "data.py", path, "--tokenizer", ASSETS, "-n", "1"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "chat format plain" in out and "What?\n[[That.<|endoftext|>]]" in out and "2 samples; 0 cut" in out and "response tokens" in out
     path.write_text("oops\n")
     bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and f"{path}:1: not JSON" in bad.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [2, 20_000])
+def test_a_reader_that_has_seen_enough_is_no_error(rows, tmp_path):
+    """`python data.py ... | head`: what was not written yet, or not read, is nobody's fault."""
+    path = write(tmp_path / "a.jsonl", *[{"prompt": "What?", "response": "That."}] * rows)
+    command = [sys.executable, ROOT / "data.py", path, "--tokenizer", ASSETS, "-n", str(rows)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if rows > 2:
+        process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    process.stderr.close()

@@ -1,26 +1,22 @@
-"""The model against transformers, packing against one sample at a time, adapters, generation, files against the library."""
+"""Packing against one sample at a time, the head against all logits at once, adapters, generation."""
 
-import json
 import math
-import subprocess
-import sys
-import tracemalloc
-import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import LLAMA, tiny
+from support import tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hf
 import model as model_module
 from data import Sample, bucket, collate, deal
-from model import GPT, GPTConfig, Packing, linear_logprobs, load_safetensors, rope_frequencies, save_safetensors
+from model import Packing, linear_logprobs
 
 
-ROOT = Path(__file__).resolve().parents[1]
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new"}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
 
 
 def random_samples(count, longest=25, vocab=97, seed=0):
@@ -40,263 +36,9 @@ def packed_logp(model, samples):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Every family against transformers
-
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 3}
-ROPE_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32}
-GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 3}
-FAMILIES = {                                                              # transformers' class, its configuration
-    "gpt2": ("GPT2", GPT2), "gpt2-untied": ("GPT2", {**GPT2, "tie_word_embeddings": False, "n_inner": 40}),
-    "llama": ("Llama", {**SIZES, "tie_word_embeddings": False, "num_key_value_heads": 4}),
-    "llama-biases": ("Llama", {**SIZES, "attention_bias": True, "mlp_bias": True, "head_dim": 12}),
-    "llama-3.2": ("Llama", {**SIZES, "tie_word_embeddings": True, "rope_parameters": ROPE_LLAMA3, "eos_token_id": [3, 4]}),
-    "smollm2": ("Llama", {**SIZES, "tie_word_embeddings": True, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3,
-                          "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}),
-    "qwen2": ("Qwen2", {**SIZES, "tie_word_embeddings": False}),
-    "qwen2.5-tied": ("Qwen2", {**SIZES, "tie_word_embeddings": True, "num_key_value_heads": 1}),
-    "qwen3": ("Qwen3", {**SIZES, "tie_word_embeddings": True, "head_dim": 16}),
-    "qwen3-untied": ("Qwen3", {**SIZES, "tie_word_embeddings": False, "head_dim": 6}),
-}
-
-
-def theirs_of(family, **change):
-    """A random model of transformers', far from any symmetry."""
-    transformers = pytest.importorskip("transformers")
-    name, config = FAMILIES[family]
-    torch.manual_seed(1)
-    head = "GPT2LMHeadModel" if name == "GPT2" else name + "ForCausalLM"
-    theirs = getattr(transformers, head)(getattr(transformers, name + "Config")(**{**config, **change})).eval()
-    for key, p in theirs.named_parameters():
-        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 and key.endswith("weight") else 0.0, 0.4)
-    return theirs
-
-
-def opened_by_transformers(directory):
-    return pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(directory).eval()
-
-
-def equal_tensors(a, b):
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_greedy_ids_equal_transformers(tmp_path, family):
-    theirs = theirs_of(family)
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path).eval()
-    ids = torch.randint(97, (3, 200))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
-    prompts = [torch.randint(97, (n,)) for n in (3, 40, 1, 17)]
-    new = ours.generate(prompts, 32)
-    for prompt, ids in zip(prompts, new):
-        expected = theirs.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=32, do_sample=False,
-                                   eos_token_id=None, pad_token_id=0)[0, len(prompt):]
-        assert torch.equal(ids, expected)
-    assert len(set(torch.cat(new).tolist())) > 8                          # varied, so that a mistake would show
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_round_trip_is_exact_and_sharded(tmp_path, family, dtype, monkeypatch):
-    theirs = theirs_of(family).to(dtype)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")    # several files and an index
-    assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
-    ours = GPT.from_pretrained(tmp_path / "theirs")
-    assert all(p.dtype == dtype for p in ours.parameters())
-    ours.float()                                                          # as training does; saved as it was
-    for shard_bytes, files in ((20_000, "model-00001-of-*"), (10 ** 9, "model.safetensors")):   # the second over the first
-        monkeypatch.setattr(model_module, "SHARD_BYTES", shard_bytes)
-        ours.save_pretrained(tmp_path / "ours")
-        assert list((tmp_path / "ours").glob(files)) and not list((tmp_path / "ours").glob("*.tmp"))
-        again = opened_by_transformers(tmp_path / "ours")
-        assert again.dtype == dtype and equal_tensors(again.state_dict(), theirs.state_dict())
-        assert equal_tensors(GPT.from_pretrained(tmp_path / "ours").state_dict(), ours.to(dtype).state_dict())
-    assert not (tmp_path / "ours" / "model.safetensors.index.json").exists()
-    tensors = {k: v for file in (tmp_path / "theirs").glob("*.safetensors") for k, v in load_safetensors(file).items()}
-    assert equal_tensors(load_safetensors(tmp_path / "ours" / "model.safetensors"), tensors)   # names and layout too
-    spec = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert spec == json.loads((tmp_path / "theirs" / "config.json").read_text())
-
-
-def test_each_tensor_keeps_the_dtype_of_its_file(tmp_path):
-    tiny().save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = {k: v.bfloat16() if v.dim() == 2 else v for k, v in load_safetensors(path).items()}
-    save_safetensors(tensors, path)
-    GPT.from_pretrained(tmp_path).float().save_pretrained(tmp_path)
-    assert equal_tensors(load_safetensors(path), tensors)
-    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-
-
-def test_both_spellings_of_config_json_mean_the_same(tmp_path):
-    theirs = theirs_of("llama-3.2")
-    theirs.save_pretrained(tmp_path)                                      # transformers 5: rope_parameters, dtype
-    path = tmp_path / "config.json"
-    spec = json.loads(path.read_text())
-    assert "rope_parameters" in spec and "dtype" in spec and "rope_theta" not in spec
-    new = GPT.from_pretrained(tmp_path)
-    rope = spec.pop("rope_parameters")
-    path.write_text(json.dumps({**spec, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": spec.pop("dtype")}))
-    old = GPT.from_pretrained(tmp_path)                                   # transformers 4
-    assert old.config == new.config and new.config.rope_scaling and new.config.eos_token_ids == (3, 4)
-    old.save_pretrained(tmp_path)
-    ids = torch.randint(97, (2, 50))
-    with torch.no_grad():
-        torch.testing.assert_close(opened_by_transformers(tmp_path)(ids).logits, theirs(ids).logits)
-    del spec["eos_token_id"]
-    assert GPTConfig.from_hf(spec).eos_token_ids == () and GPTConfig.from_hf({**spec, "eos_token_id": 3}).eos_token_ids == (3,)
-    plain = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "num_key_value_heads", "tie_word_embeddings")}
-    config = GPTConfig.from_hf(plain)                                     # Llama's own defaults, as in the oldest files
-    assert (config.rope_theta, config.n_kv_head, config.tie_embeddings, config.rope_scaling) == (10000.0, 4, False, None)
-
-
-def test_stretched_frequencies_at_their_three_regimes():
-    c = GPTConfig.from_hf({**LLAMA, "head_dim": 128, "rope_scaling": {**ROPE_LLAMA3, "rope_theta": 10000.0, "original_max_position_embeddings": 512}})
-    plain = 10000.0 ** -(torch.arange(64) / 64)
-    ratio = plain / rope_frequencies(c, "cpu")
-    turns = 512 * plain / (2 * torch.pi)
-    torch.testing.assert_close(ratio[turns > 4], torch.ones(int((turns > 4).sum())))
-    torch.testing.assert_close(ratio[turns < 1], torch.full((int((turns < 1).sum()),), 8.0))
-    between = ratio[(turns > 1) & (turns < 4)]
-    assert len(between) > 3 and (between.diff() > 0).all() and 1 < between[0] and between[-1] < 8
-
-
-def test_old_gpt2_files_are_read(tmp_path):
-    theirs = theirs_of("gpt2")
-    theirs.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = {k.removeprefix("transformer."): v for k, v in load_safetensors(path).items()}
-    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 256, 256, dtype=torch.uint8) for i in range(3)}   # the published file has them
-    save_safetensors({**tensors, **masks}, path)
-    ids = torch.randint(97, (2, 50))
-    with torch.no_grad():
-        torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_a_tied_head_may_be_in_the_file_but_not_differ(tmp_path):
-    tiny().save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = load_safetensors(path)
-    for order in (lambda a, b: {**a, **b}, lambda a, b: {**b, **a}):      # transformers' files begin with the head
-        save_safetensors(order(tensors, {"lm_head.weight": tensors["model.embed_tokens.weight"]}), path)
-        assert equal_tensors(GPT.from_pretrained(tmp_path).state_dict(), tiny().state_dict())
-        save_safetensors(order(tensors, {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}), path)
-        with pytest.raises(ValueError, match="lm_head.weight .differs"):
-            GPT.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_loading_holds_the_model_once(tmp_path, family):
-    big = {"vocab_size": 20000, "num_hidden_layers": 6} | ({"hidden_size": 1024, "intermediate_size": 4096} if family == "llama" else {})
-    if family == "gpt2":
-        big |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 1024, "n_layer": 6, "n_head": 4, "n_positions": 256}
-        big |= dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-                              "max_position_embeddings"))
-    GPT(GPTConfig.from_hf({**LLAMA, **big})).bfloat16().save_pretrained(tmp_path)
-    measure = """
-import sys, torch
-from model import GPT
-def peak(): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = peak()
-model = GPT.from_pretrained(sys.argv[1])
-print((peak() - before) / sum(p.nbytes for p in model.parameters()))
-"""
-    out = subprocess.run([sys.executable, "-c", measure, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert 0.8 < float(out) < 1.3
-
-
-REFUSED = [({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaForCausalLM"), ({"architectures": None}, "None is not supported"),
-           ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn.*llama3"), ({"rope_parameters": {"rope_type": "linear"}}, "linear"),
-           ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window"),
-           ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"), ({"hidden_act": "relu"}, "relu.*silu"),
-           ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"), ({"partial_rotary_factor": 0.5}, "partial_rotary"),
-           ({"vocab_size": None}, "vocab_size"), ({"num_hidden_layers": "a"}, "num_hidden_layers is 'a'"), ({"hidden_size": -1}, "hidden_size"),
-           ({"num_key_value_heads": 3}, "do not fit"), ({"head_dim": 7}, "do not fit"), ({"rope_theta": 0}, "rope_theta"),
-           ({"eos_token_id": "x"}, "eos_token_id"), ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None"),
-           ({"hidden_size": 64}, "does not fit its config.json"), ({"tie_word_embeddings": False}, "lm_head"),
-           ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"), ({"attention_bias": 1}, "attention_bias is 1"),
-           ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 64}},
-            "low_freq_factor 4.0 is not below"), ({"max_position_embeddings": 2 ** 40}, "max_position_embeddings is 1099511627776"), ({"eos_token_id": 2 ** 40}, "eos_token_id is 1099511627776")]
-# Sizes that would take this machine's memory, or its time, if a module were made of them.
-REFUSED += [({key: value}, f"{key} is {value}") for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-                                                           "num_attention_heads") for value in (2 ** 31, 10 ** 18)]
-REFUSED += [({"num_attention_heads": 2 ** 20, "num_key_value_heads": 1, "head_dim": 2 ** 20}, "do not fit")]
-
-
-@pytest.mark.parametrize("change,words", REFUSED, ids=[words for _, words in REFUSED])
-def test_what_is_not_supported_is_refused_by_name(tmp_path, change, words):
-    tiny().save_pretrained(tmp_path)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
-    with pytest.raises(ValueError, match=words):
-        GPT.from_pretrained(tmp_path)
-
-
-def test_damaged_directories_are_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_module, "SHARD_BYTES", 20_000)
-    tiny().save_pretrained(tmp_path)
-    index, shard = tmp_path / "model.safetensors.index.json", next(tmp_path.glob("model-00002*"))
-    whole, spec = shard.read_bytes(), json.loads(index.read_text())
-    for broken in (b"", b"\x08", whole[:50], whole[:-10], b"\xff" * 16, whole + b"\0"):
-        shard.write_bytes(broken)
-        with pytest.raises(ValueError, match="safetensors file that we can read"):
-            GPT.from_pretrained(tmp_path)
-    shard.write_bytes(whole)
-    tensors = load_safetensors(shard)
-    name = next(iter(tensors))
-    for changed, words in (({k: v for k, v in tensors.items() if k != name}, name.removeprefix("model.")),
-                           ({**tensors, "model.extra": torch.zeros(1)}, "model.extra"),
-                           ({**tensors, "model.embed_tokens.weight": torch.zeros(97, 32)}, "model.embed_tokens.weight"),   # twice
-                           ({**tensors, name: tensors[name].bool()}, "torch.bool")):
-        save_safetensors(changed, shard)
-        with pytest.raises(ValueError, match=words):
-            GPT.from_pretrained(tmp_path)
-    for text in ("{", "[]", json.dumps({"weight_map": {}}), json.dumps({"weight_map": {name: "../" + shard.name}}),
-                 json.dumps({"weight_map": {name: "model-00009-of-00009.safetensors"}})):
-        index.write_text(text)
-        with pytest.raises(ValueError, match="index"):
-            GPT.from_pretrained(tmp_path)
-    index.write_text(json.dumps(spec))
-    for text in ("{", "[]", "\udcff"):
-        (tmp_path / "config.json").write_text(text, errors="surrogateescape")
-        with pytest.raises(ValueError, match="config.json"):
-            GPT.from_pretrained(tmp_path)
-    index.unlink()
-    with pytest.raises(FileNotFoundError, match="no model there.*not read"):
-        GPT.from_pretrained(tmp_path)
-
-
-def test_hub_ids_are_downloaded_or_explained(tmp_path, monkeypatch):
-    tiny().save_pretrained(tmp_path)
-    asked = {}
-
-    def snapshot_download(name, allow_patterns):
-        asked[name] = allow_patterns
-        if name == "some/offline":
-            raise ConnectionError("no route\nto host")
-        return str(tmp_path)
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
-    assert equal_tensors(GPT.from_pretrained("some/model-1.5").state_dict(), tiny().state_dict())
-    assert "config.json" in asked["some/model-1.5"] and not any(p.endswith((".bin", ".py", ".pt", "*")) for p in asked["some/model-1.5"])
-    with pytest.raises(FileNotFoundError, match="some/offline: no such directory.*no route to host.*name its directory"):
-        GPT.from_pretrained("some/offline")
-    for name in ("nowhere", "/no/such/place", "../a/b"):                  # no repository has such an id
-        with pytest.raises(FileNotFoundError, match="no such directory"):
-            GPT.from_pretrained(name)
-        assert name not in asked
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)             # not installed
-    with pytest.raises(FileNotFoundError, match="pip install"):
-        GPT.from_pretrained("some/model")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Packing and the head
 
-@pytest.mark.parametrize("family", [{}, {"architectures": ["Qwen3ForCausalLM"]}, {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new"}],
+@pytest.mark.parametrize("family", [{}, QWEN3, GPT2],
                          ids=["llama", "qwen3", "gpt2"])
 def test_packed_log_probs_equal_those_of_each_sample_alone(family):
     model, samples = tiny(**family), random_samples(9)
@@ -402,12 +144,13 @@ def test_the_head_never_holds_more_logits_than_a_chunk(monkeypatch, dtype):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
             logp = linear_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets)
     assert sorted(t.numel() for t in saved) == sorted([N * d, V * d, N, N, N])   # its inputs, log-probs, log-sum-exps
-    assert logp.grad_fn.kept[2][1].shape == (rows, V)                       # and a chunk, only until it has been used
+    assert logp.grad_fn.kept[-1].shape == (rows, V)                       # and a chunk, only until it has been used
     first, second = (torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True) for _ in range(2))
     assert logp.grad_fn.kept is None
-    torch.testing.assert_close(first, second)                             # (the order of chunks is another)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_blocks_compile_once_for_each_size_and_equal_eager(lora):
     model, samples = tiny(), random_samples(40)
@@ -441,6 +184,7 @@ def test_blocks_compile_once_for_each_size_and_equal_eager(lora):
         counts.append(before)
 
 
+@pytest.mark.slow
 def test_what_a_gpu_compiles_of_the_head_is_compiled_at_most_twice(monkeypatch):
     monkeypatch.setitem(model_module.CHUNK_BYTES, "cpu", 1)
     counters = {}
@@ -490,7 +234,7 @@ def test_on_a_gpu_all_samples_go_to_one_varlen_kernel(monkeypatch):
     q, k, v = (torch.randn(15, n, 8, dtype=torch.bfloat16) for n in (4, 2, 2))
     packing = Packing(lengths, "cpu")
     one_by_one = packing.attend(None, q, k, v)
-    packing.on_gpu = packing.flash = True
+    packing.on_gpu = packing.has_flash = True
     torch.testing.assert_close(packing.attend(None, q, k, v), one_by_one, rtol=0.02, atol=0.02)
     assert calls == [(-1, 0)]                                             # causal: nothing to the right
     packing.attend(None, q.float(), k.float(), v.float())                 # flash attention has no float32
@@ -500,42 +244,41 @@ def test_on_a_gpu_all_samples_go_to_one_varlen_kernel(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
-def with_adapters(family="qwen2", tmp_path=None, rank=3, alpha=12.0):
-    theirs_of(family).save_pretrained(tmp_path)
-    model = GPT.from_pretrained(tmp_path)
+def with_adapters(rank=3, alpha=12.0, **family):
+    """A model whose adapters are not at their beginning, where B is 0."""
+    model = tiny(**family)
     model.add_lora(rank, alpha)
     return model
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama-biases", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [{}, {"attention_bias": True, "mlp_bias": True}, {"architectures": ["Qwen2ForCausalLM"]}, QWEN3, GPT2],
+                         ids=["llama", "llama-biases", "qwen2", "qwen3", "gpt2"])
 def test_adapters_begin_at_nothing_and_merge_exactly(tmp_path, family):
-    base_ids = torch.randint(97, (2, 30))
-    model = with_adapters(family, tmp_path)
+    ids, base, model = torch.randint(97, (2, 30)), tiny(**family), with_adapters(**family)
+    hf.save_model(base, tmp_path / "base")
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    linear = 6 if family == "gpt2" else 7                                 # in each of 3 blocks, every one of them
-    assert len(names) == 2 * 3 * linear and all(".lora_" in name for name in names)
+    linear = 6 if family is GPT2 else 7                                   # in each of 2 blocks, every one of them
+    assert len(names) == 2 * 2 * linear and all(".lora_" in name for name in names)
     with torch.no_grad():
-        torch.testing.assert_close(model(base_ids), GPT.from_pretrained(tmp_path)(base_ids))
+        torch.testing.assert_close(model(ids), base(ids))
         for name in names:
             torch.nn.init.normal_(model.get_parameter(name), std=0.1)
         q = model.layers[1].self_attn.q_proj                              # the definition, by hand
         x = torch.randn(5, q.in_features)
         delta = 12.0 / 3 * q.lora_b @ q.lora_a
         torch.testing.assert_close(q(x), torch.nn.functional.linear(x, q.weight + delta, q.bias))
-    model.save_pretrained(tmp_path / "merged")
+    hf.save_model(model, tmp_path / "merged")
+    merged = hf.load_model(tmp_path / "merged")
     with torch.no_grad():
-        logits = model(base_ids)
-        torch.testing.assert_close(opened_by_transformers(tmp_path / "merged")(base_ids).logits, logits, rtol=1e-4, atol=1e-4)
-        assert (logits - GPT.from_pretrained(tmp_path)(base_ids)).abs().max() > 0.1
-    assert load_safetensors(tmp_path / "merged" / "model.safetensors").keys() == load_safetensors(tmp_path / "model.safetensors").keys()
+        torch.testing.assert_close(merged(ids), model(ids), rtol=1e-4, atol=1e-4)
+        assert (model(ids) - base(ids)).abs().max() > 0.1
+    assert dict(merged.named_parameters()).keys() == dict(base.named_parameters()).keys()
 
 
-def test_a_frozen_base_takes_the_compute_dtype_and_gets_no_gradient(tmp_path):
-    model = with_adapters("qwen3", tmp_path).cast(torch.bfloat16)
+def test_a_frozen_base_takes_the_compute_dtype_and_gets_no_gradient():
+    model = with_adapters(**QWEN3).cast(torch.bfloat16)
     assert {p.dtype for name, p in model.named_parameters() if p.dim() == 2 and ".lora_" not in name} == {torch.bfloat16}
-    del model
-    theirs_of("qwen3").save_pretrained(tmp_path)
-    model = GPT.from_pretrained(tmp_path).cast(torch.bfloat16)
+    model = tiny(**QWEN3).cast(torch.bfloat16)
     model.add_lora(4, 8)
     for name, p in model.named_parameters():
         assert p.dtype == (torch.bfloat16 if p.dim() == 2 and ".lora_" not in name else torch.float32)
@@ -548,7 +291,7 @@ def test_a_frozen_base_takes_the_compute_dtype_and_gets_no_gradient(tmp_path):
 
 def test_a_bfloat16_base_computes_as_float32_weights_do_under_autocast():
     """The same sums: what is added up along the layers stays float32."""
-    for family in ({}, {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new"}, {"architectures": ["Qwen3ForCausalLM"]}):
+    for family in ({}, GPT2, QWEN3):
         a, b = (tiny(**family).bfloat16().cast(dtype) for dtype in (torch.float32, torch.bfloat16))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for x, y in zip(packed_logp(a, random_samples(4)), packed_logp(b, random_samples(4))):
@@ -594,9 +337,9 @@ def test_prompts_of_similar_length_run_together_and_change_nothing(monkeypatch, 
     model, rng, groups = tiny(), np.random.RandomState(0), []
     prompts = [rng.randint(0, 97, n).tolist() for n in rng.randint(1, 40, size=12)]
     together = model.generate(prompts, 8, temperature, stop=(3, 4), seed=5)
-    continuations = GPT.continuations
-    monkeypatch.setattr(GPT, "continuations", lambda self, some, *rest: groups.append([len(p) for p in some]) or continuations(
-        self, some, *rest))
+    continue_prompts = model_module.continue_prompts
+    monkeypatch.setattr(model_module, "continue_prompts", lambda model, some, *rest: groups.append([len(p) for p in some]) or continue_prompts(
+        model, some, *rest))
     monkeypatch.setattr(model_module, "CACHE_TOKENS", 100)
     assert all(torch.equal(a, b) for a, b in zip(model.generate(prompts, 8, temperature, stop=(3, 4), seed=5), together))
     assert sorted(sum(groups, [])) == sum(groups[::-1], []) == sorted(map(len, prompts)) and len(groups) > 3
@@ -607,51 +350,3 @@ def test_prompts_of_similar_length_run_together_and_change_nothing(monkeypatch, 
 def test_generation_that_cannot_be_is_refused(prompts, new, words):
     with pytest.raises(ValueError, match=words):
         tiny().generate(prompts, new)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# safetensors
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_safetensors_equals_the_library(tmp_path, dtype):
-    library = pytest.importorskip("safetensors.torch")
-    tensors = {"a": torch.randn(3, 5).to(dtype), "b.c": torch.randn(7).to(dtype), "empty": torch.zeros(0, 2, dtype=dtype),
-               "strided": torch.randn(4, 6).to(dtype).T, "scalar": torch.tensor(3.5, dtype=dtype), "mask": torch.tensor([True, False])}
-    save_safetensors(tensors, tmp_path / "ours")
-    library.save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "theirs", metadata={"format": "pt"})
-    for loaded in (library.load_file(tmp_path / "ours"), load_safetensors(tmp_path / "theirs"),
-                   load_safetensors(tmp_path / "ours")):
-        assert equal_tensors(dict(sorted(loaded.items())), dict(sorted(tensors.items())))
-
-
-def with_header(header, data=b"\0" * 16):
-    head = json.dumps(header).encode()
-    return len(head).to_bytes(8, "little") + head + data
-
-
-F = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-
-
-def test_a_header_longer_than_any_is_not_read(tmp_path):
-    with open(tmp_path / "a.safetensors", "wb") as f:
-        f.write((200_000_000).to_bytes(8, "little"))
-        f.truncate(300_000_000)                                           # of zeros, which take no disk
-    tracemalloc.start()
-    with pytest.raises(ValueError, match="a header of 200000000 bytes in a file of 300000000"):
-        load_safetensors(tmp_path / "a.safetensors")
-    assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    tracemalloc.stop()
-
-
-@pytest.mark.parametrize("content", [
-    with_header({"a": F, "b": F}), with_header({"a": F, "b": {**F, "data_offsets": [4, 12]}}), with_header({"a": {**F, "dtype": "F8_E4M3"}}),
-    with_header({"a": {**F, "data_offsets": [8, 16]}}), with_header({"a": {**F, "shape": [2 ** 40], "data_offsets": [0, 2 ** 42]}}),
-    with_header({"a": {**F, "shape": [-2]}}), with_header({"a": {**F, "shape": [-2, -1]}}, b"\0" * 8), with_header({"a": {**F, "shape": [2.0]}}, b"\0" * 8),
-    with_header({"a": {**F, "shape": [2 ** 40, 2 ** 40, 0], "data_offsets": [0, 0]}}, b""),
-    with_header({"a": {**F, "shape": 2}}), with_header({"a": 3}), with_header([]), with_header({"a": F}), (2 ** 63).to_bytes(8, "little") + b"{}"],
-    ids=["twice", "overlap", "dtype", "hole", "beyond", "negative", "negative pair", "float", "empty but absurd", "no list", "no object", "list", "rest", "length"])
-def test_a_header_that_lies_is_refused_before_anything_is_allocated(tmp_path, content):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="a.safetensors is not a safetensors file that we can read"):
-        load_safetensors(path)

@@ -4,52 +4,26 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import split_worker
 import torch
+from support import ASSETS, ROOT, SMALL, call, metrics, tiny, torchrun
 from test_bft import reference
 from test_data import BAD_LINES
-from test_tokenizer import CHATML, build
-from tiny import tiny
+from tokenizer_files import CHATML, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bft
+import hf
 import train
-from data import UserError, encode_turns, load_samples, load_tokenizer, read_jsonl, run
-from model import GPT, GPTConfig, load_safetensors, save_safetensors
-
-
-ROOT = Path(__file__).resolve().parents[1]
-ASSETS = ROOT / "assets"
-TIMINGS = {"tokens_per_s", "mfu", "memory_gb"}
-SMALL = ["--init", "scratch", "--tokenizer", str(ASSETS), "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--dtype",
-         "float32", "--lr", "1e-3", "--group-size", "16"]
-
-
-def torchrun(ranks, *command, **options):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
-    launch = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1
-                                else [])]
-    return subprocess.run([*launch, *map(str, command)], env=env, text=True, capture_output=True, timeout=300, **options)
-
-
-def call(monkeypatch, *argv):
-    """train.py in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-    try:
-        run(train.main)
-    except SystemExit as e:
-        return e.code
-    return 0
-
-
-def metrics(out, timings=False):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return lines if timings else [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+from data import load_samples, read_jsonl
+from model import GPT
+from runtime.checkpoint import checkpoints
+from runtime.files import load_safetensors, save_safetensors
+from runtime.process import UserError
+from runtime.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +51,7 @@ def one_sample_at_a_time(objective, adapters):
     return loss.item(), split_worker.gradient(model), nll
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, layouts", [(1, ("10000", "90", "50", "1", "90+")), (2, ("10000", "60", "1", "60+")),
                                             (3, ("10000", "50", "1", "1+"))])
 def test_a_step_is_the_same_in_every_layout(ranks, layouts, tmp_path):
@@ -95,6 +70,7 @@ def test_a_step_is_the_same_in_every_layout(ranks, layouts, tmp_path):
             torch.testing.assert_close(statistics[:, 0], nll, rtol=1e-5, atol=1e-5)   # in the batch's order
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one(tmp_path, data_file):
     for ranks in (1, 2):
         result = torchrun(ranks, ROOT / "train.py", *SMALL, "--data", data_file, "--val-data", data_file, "--steps", 20,
@@ -111,9 +87,9 @@ def test_two_ranks_train_like_one(tmp_path, data_file):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Somebody else's model: Qwen2 in bfloat16 with ChatML, as transformers saves it."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     directory = build("qwen", tmp_path_factory.mktemp("checkpoint"), special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer = load_tokenizer(directory)
+    tokenizer = hf.load_tokenizer(directory)
     torch.manual_seed(0)
     config = transformers.Qwen2Config(vocab_size=tokenizer.n_vocab + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                       num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
@@ -129,11 +105,12 @@ def checkpoint(tmp_path_factory):
 REAL = ["--lr", "1e-2", "--dtype", "float32", "--batch-size", "8", "--group-size", "16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [(), ("--lora-rank", 2)], ids=["full", "lora"])
 def test_a_real_checkpoint_goes_in_and_comes_out(tmp_path, monkeypatch, data_file, checkpoint, capsys, lora):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     assert call(monkeypatch, "--init", checkpoint, "--data", data_file, "--steps", 3, *REAL, *lora, "--out", tmp_path) == 0
-    out, model, tokenizer = capsys.readouterr().out, tmp_path / "model", load_tokenizer(checkpoint)
+    out, model, tokenizer = capsys.readouterr().out, tmp_path / "model", hf.load_tokenizer(checkpoint)
     assert "chat format chatml" in out
     assert out.count("You are kind.") == 1                                # what its own template would add, once
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -145,8 +122,8 @@ def test_a_real_checkpoint_goes_in_and_comes_out(tmp_path, monkeypatch, data_fil
     assert theirs.dtype == torch.bfloat16 and {t.dtype for t in after.values()} == {torch.bfloat16} and before.keys() == after.keys()
     ids = torch.randint(tokenizer.n_vocab, (2, 40))
     with torch.no_grad():
-        torch.testing.assert_close(theirs.float()(ids).logits, GPT.from_pretrained(model).float()(ids), rtol=1e-4, atol=1e-4)
-    state = torch.load(train.checkpoints(tmp_path)[-1][1], weights_only=True)
+        torch.testing.assert_close(theirs.float()(ids).logits, hf.load_model(model).float()(ids), rtol=1e-4, atol=1e-4)
+    state = torch.load(checkpoints(tmp_path)[-1][1], weights_only=True)
     assert all((".lora_" in name) == bool(lora) for name in state["model"])
     for name, t in after.items():
         change = (t.float() - before[name].float())
@@ -159,23 +136,25 @@ def test_a_real_checkpoint_goes_in_and_comes_out(tmp_path, monkeypatch, data_fil
             assert singular[2:].max() < 0.05 * singular[0].clamp(min=1e-9)   # of rank 2, but for rounding to bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [(), ("--lora-rank", 4)], ids=["full", "lora"])
 def test_the_loop_trains_on_the_chat_format_from_the_weights_given(tmp_path, monkeypatch, data_file, checkpoint, lora):
     """float32 weights under bfloat16 autocast: the first step sees what it should, and at no learning rate nothing changes."""
-    transformers, base = pytest.importorskip("transformers"), tmp_path / "base"
+    import transformers
+    base = tmp_path / "base"
     transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).save_pretrained(base)
     noise = {name: t + 1e-4 * torch.randn_like(t) for name, t in load_safetensors(base / "model.safetensors").items()}   # not a bfloat16
     save_safetensors(noise, base / "model.safetensors")
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (base / file).write_bytes((checkpoint / file).read_bytes())
-    loaded, load = [], train.load_weights
-    monkeypatch.setattr(train, "load_weights", lambda directory: loaded.append(load(directory)) or loaded[-1])
+    loaded, load = [], hf.load_weights
+    monkeypatch.setattr(hf, "load_weights", lambda directory: loaded.append(load(directory)) or loaded[-1])
     assert call(monkeypatch, "--init", base, "--data", data_file, "--steps", 1, "--batch-size", 100, "--lr", 1e-12, "--dtype", "bfloat16",
                 *lora, "--out", tmp_path / "run") == 0
     assert loaded[0].layers[0].mlp.up_proj.weight.dtype == (torch.bfloat16 if lora else torch.float32)   # frozen in it, or trained
-    tokenizer, model, nll = load_tokenizer(base), GPT.from_pretrained(base), []
+    tokenizer, model, nll = hf.load_tokenizer(base), hf.load_model(base), []
     for _, row in read_jsonl(data_file):
-        ids, response = encode_turns([("user", row["prompt"]), ("assistant", row["response"])], tokenizer, "chatml")
+        ids, response = hf.encode_turns([("user", row["prompt"]), ("assistant", row["response"])], tokenizer, "chatml")
         with torch.no_grad():
             logp = model(torch.tensor([ids]))[0].log_softmax(-1)
         nll += [-logp[t - 1, ids[t]].item() for t in range(len(ids)) if response[t]]
@@ -185,6 +164,7 @@ def test_the_loop_trains_on_the_chat_format_from_the_weights_given(tmp_path, mon
     assert all(after[name].dtype == torch.float32 and torch.allclose(after[name], t, rtol=0, atol=1e-9) for name, t in noise.items())
 
 
+@pytest.mark.slow
 def test_adapters_resume_and_other_adapters_are_another_run(tmp_path, monkeypatch, data_file, checkpoint, capsys):
     argv = ["--init", checkpoint, "--data", data_file, "--steps", 4, *REAL, "--lora-rank", 2, "--save-every", 2, "--keep", 9]
     for name, alpha in (("whole", ()), ("cut", ()), ("twice the rank", ("--lora-alpha", 4)), ("more", ("--lora-alpha", 5))):
@@ -199,6 +179,7 @@ def test_adapters_resume_and_other_adapters_are_another_run(tmp_path, monkeypatc
     assert "lora_alpha 0.0, now 8.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_adapters_are_the_same_on_every_rank_and_train_like_one(tmp_path, data_file, checkpoint):
     for ranks in (1, 2):
         script = ROOT / "train.py" if ranks == 1 else ROOT / "tests" / "lora_worker.py"
@@ -216,6 +197,7 @@ def test_adapters_are_the_same_on_every_rank_and_train_like_one(tmp_path, data_f
     assert any(t.abs().max() > 0 for name, t in first.items() if name.endswith("lora_b"))
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path, monkeypatch, data_file, checkpoint, capsys):
     big = {**json.loads((checkpoint / "config.json").read_text()), "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 150000}
@@ -255,14 +237,14 @@ PUBLISHED = {"SmolLM2-135M": ("Llama", 576, 30, 9, 3, 1536, 49152, True), "Qwen2
              "Llama-3.1-8B": ("Llama", 4096, 32, 32, 8, 14336, 128256, False), "Qwen2.5-14B": ("Qwen2", 5120, 48, 40, 8, 13824, 152064, False)}
 
 
-def test_the_memory_table_of_the_readme_is_what_the_program_computes():
+def test_the_memory_table_of_the_docs_is_what_the_program_computes():
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
             "tie_word_embeddings")
-    section = (ROOT / "README.md").read_text().split("### Memory")[1].split("### ")[0]
+    section = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split("## Memory")[1].split("\n## ")[0]
     rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|"))}
     gpus = [int(cell.split()[0]) for cell in rows["model"][3:]]
     for name, (family, *sizes) in PUBLISHED.items():
-        c = GPTConfig.from_hf({"architectures": [family + "ForCausalLM"], "max_position_embeddings": 32768, **dict(zip(keys, sizes))})
+        c = hf.config_from_dict({"architectures": [family + "ForCausalLM"], "max_position_embeddings": 32768, **dict(zip(keys, sizes))})
         full, lora = (train.training_bytes(c, rank, torch.bfloat16) / 1e9 for rank in (0, 16))
         fits = ["F L" if full < 0.75 * gpu else "L" if lora < 0.75 * gpu else "" for gpu in gpus]
         assert rows.pop(name) == [f"{full / 16:.3f} B", f"{full:.1f}", f"{lora:.1f}", *fits]
@@ -305,11 +287,11 @@ def test_a_step_and_its_log_equal_a_calculation_by_loops(clip, tmp_path, monkeyp
     and AdamW by its formula: decay on matrices only."""
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 1, "--batch-size", 42, "--micro-tokens", 500,
                 "--objective", "bft", "--grad-clip", clip, "--weight-decay", 10, "--out", tmp_path / "run") == 0
-    tokenizer = load_tokenizer(ASSETS)
+    tokenizer = hf.load_tokenizer(ASSETS)
     samples, _ = load_samples(data_file, tokenizer)
     s, _ = train.parse_settings([*SMALL])
     torch.manual_seed(0)
-    model = GPT(train.scratch(s, tokenizer))
+    model = GPT(train.scratch_config(s, tokenizer))
     tensors = []
     for x in samples:
         ids, at = torch.from_numpy(x.ids), torch.from_numpy(x.response).nonzero()[:, 0] - 1
@@ -346,7 +328,7 @@ def test_a_run_goes_on_from_its_checkpoint(init, tmp_path, monkeypatch, data_fil
     for name in ("whole", "cut"):
         assert call(monkeypatch, *argv, "--out", tmp_path / name) == 0
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert [n for n, _ in train.checkpoints(cut)] == [3, 6, 8]
+    assert [n for n, _ in checkpoints(cut)] == [3, 6, 8]
     (cut / "checkpoint" / "step-8.pt").unlink()
     with open(cut / "metrics.jsonl", "a") as f:
         f.write('{"step": 9, "epo')                                       # a line that a crash cut short
@@ -360,7 +342,7 @@ def test_a_run_goes_on_from_its_checkpoint(init, tmp_path, monkeypatch, data_fil
     assert call(monkeypatch, *argv, "--out", cut, "--objective", "sft", "bft") == 2
     assert "holds a run of one objective" in capsys.readouterr().err
     assert call(monkeypatch, *argv, "--out", cut, "--keep", 1, "--no-resume") == 0
-    assert [n for n, _ in train.checkpoints(cut)] == [8] and metrics(cut) == metrics(whole)
+    assert [n for n, _ in checkpoints(cut)] == [8] and metrics(cut) == metrics(whole)
 
 
 def test_fine_tuning_starts_from_the_model_given(tmp_path, monkeypatch, data_file):
@@ -373,15 +355,16 @@ def test_fine_tuning_starts_from_the_model_given(tmp_path, monkeypatch, data_fil
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
+@pytest.mark.slow
 def test_what_we_save_opens_in_transformers(tmp_path, monkeypatch, data_file):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 1, "--out", tmp_path / "run") == 0
     directory = tmp_path / "run" / "model"
     tokenizer, model = (c.from_pretrained(directory) for c in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM))
     ids = tokenizer("TP53 promotes", return_tensors="pt", add_special_tokens=False).input_ids
-    assert ids[0].tolist() == load_tokenizer(directory).encode("TP53 promotes")
+    assert ids[0].tolist() == hf.load_tokenizer(directory).encode("TP53 promotes")
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, GPT.from_pretrained(directory)(ids), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids).logits, hf.load_model(directory)(ids), rtol=1e-4, atol=1e-4)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, data_file, capsys):
@@ -412,7 +395,7 @@ def test_a_number_that_is_none_is_found_at_its_step_though_looked_at_later(tmp_p
                 tmp_path / "run") == 1
     assert "error: step 5: loss nan" in capsys.readouterr().err
     assert [x["step"] for x in metrics(tmp_path / "run")] == [1, 2, 3, 4]
-    assert [n for n, _ in train.checkpoints(tmp_path / "run")] == [3]     # step 6 came first, and was not saved
+    assert [n for n, _ in checkpoints(tmp_path / "run")] == [3]     # step 6 came first, and was not saved
 
 
 class NoWaiting(TorchDispatchMode):
@@ -431,7 +414,7 @@ def test_a_step_does_not_wait_for_the_device(objective, monkeypatch):
     model, batch = split_worker.setup(False)
     optimizer, s = torch.optim.AdamW(model.parameters(), fused=True), train.Settings(micro_tokens=60)
     with NoWaiting():
-        train.backward(model, batch, objective, s, train.Ranks("cpu"), torch.bfloat16)
+        train.forward_backward(model, batch, objective, s, Ranks("cpu"), torch.bfloat16)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     x = torch.ones(2)
@@ -441,6 +424,7 @@ def test_a_step_does_not_wait_for_the_device(objective, monkeypatch):
             waits()
 
 
+@pytest.mark.slow
 def test_compiled_and_recomputed_steps_equal_eager_ones(tmp_path, monkeypatch, data_file):
     argv = [*SMALL, "--data", data_file, "--steps", 3, "--micro-tokens", 400]
     for name, flags in (("eager", ["--no-compile"]), ("compiled", ["--compile"]), ("recomputed", ["--recompute"])):
@@ -450,6 +434,7 @@ def test_compiled_and_recomputed_steps_equal_eager_ones(tmp_path, monkeypatch, d
         assert a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_and_recomputed_blocks_work_under_ddp(tmp_path, data_file):
     argv = [ROOT / "train.py", *SMALL, "--n-embd", 512, "--n-head", 4, "--data", data_file, "--steps", 2, "--micro-tokens", 400,
             "--lr", "1e-5", "--device", "cpu"]                            # blocks of 12 MB: DDP's first bucket is 1 MB
@@ -479,10 +464,10 @@ MISTAKES = {
     "not JSON": (["--data", "bad.jsonl"], "bad.jsonl:2: not JSON"),
     "bad validation data": (["--data", "good.jsonl", "--val-data", "bad.jsonl"], "bad.jsonl:2: not JSON"),
     "unknown objective": (["--data", "good.jsonl", "--objective", "bfd"], "'bfd'"),
-    "group size 0": (["--data", "good.jsonl", "--group-size", "0"], "--group-size is 0"),
+    "group size 0": (["--data", "good.jsonl", "--group-size", "0"], "--group-size is 0; expected a number at least 1"),
     "batch size 0": (["--data", "good.jsonl", "--batch-size", "0"], "--batch-size is 0"),
     "not a number": (["--data", "good.jsonl", "--lr", "fast"], "'fast'"),
-    "lr not finite": (["--data", "good.jsonl", "--lr", "nan"], "--lr is nan"),
+    "lr not finite": (["--data", "good.jsonl", "--lr", "nan"], "--lr is nan; expected a number above 0"),
     "unknown flag": (["--data", "good.jsonl", "--learning-rate", "1"], "--learning-rate"),
     "no data": ([], "--data is missing"),
     "no such model": (["--data", "good.jsonl", "--init", "nowhere"], "nowhere: no such directory"),
@@ -493,9 +478,9 @@ MISTAKES = {
     "out is a file": (["--data", "good.jsonl", "--out", "good.jsonl"], "--out good.jsonl"),
     "out is in a file": (["--data", "good.jsonl", "--out", "good.jsonl", "--objective", "sft", "bft"], "--out good.jsonl"),
     "out is something else": (["--data", "good.jsonl", "--out", "other"], "--out other"),
-    "one of the outs is": (["--data", "good.jsonl", "--out", "outs", "--objective", "sft", "bft"], "--out outs/bft"),
-    "a damaged checkpoint": (["--data", "good.jsonl", "--init", "damaged"], "damaged/model.safetensors is not a safetensors file"),
-    "another's model": (["--data", "good.jsonl", "--init", "mamba"], "mamba/config.json: architecture MambaForCausalLM"),
+    "one of the outs is": (["--data", "good.jsonl", "--out", "outs", "--objective", "sft", "bft"], f"--out {Path('outs/bft')}"),
+    "a damaged checkpoint": (["--data", "good.jsonl", "--init", "damaged"], f"{Path('damaged/model.safetensors')} is not a safetensors file"),
+    "another's model": (["--data", "good.jsonl", "--init", "mamba"], f"{Path('mamba/config.json')}: architecture MambaForCausalLM"),
     "its chat tokens lack": (["--data", "good.jsonl", "--chat-format", "chatml"], "chat format chatml needs the special token <|im_start|>"),
     "adapters on random weights": (["--data", "good.jsonl", "--lora-rank", "4"], "--init scratch has random weights"),
     "alpha alone": (["--data", "good.jsonl", "--lora-alpha", "4"], "--lora-alpha needs --lora-rank"),
@@ -516,7 +501,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(mistake, tmp_path, monkeyp
         (tmp_path / other).mkdir(parents=True)
         (tmp_path / other / "thesis.txt").write_text("")
     for name in ("damaged", "mamba"):
-        tiny(vocab_size=load_tokenizer(ASSETS).n_vocab).save_pretrained(tmp_path / name)
+        hf.save_model(tiny(vocab_size=hf.load_tokenizer(ASSETS).n_vocab), tmp_path / name)
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"cut short")
     config = (tmp_path / "mamba" / "config.json").read_text()
     (tmp_path / "mamba" / "config.json").write_text(config.replace("LlamaFor", "MambaFor"))
@@ -531,6 +516,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(mistake, tmp_path, monkeyp
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_more_ranks_than_samples(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     result = torchrun(2, ROOT / "train.py", *SMALL, "--data", "one.jsonl", "--out", "run", cwd=tmp_path)

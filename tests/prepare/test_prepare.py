@@ -1,4 +1,4 @@
-"""The scripts of prepare/ on tests/medquad (invented pages) and on rows in the published formats."""
+"""The scripts of prepare/ on tests/prepare/medquad (invented pages) and on rows in the published formats."""
 
 import gzip
 import json
@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 import data
+import hf
+from runtime.process import UserError
+from tasks.choice import load_choice
+from tasks.items import load_items
 
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = ROOT / "tests" / "medquad"
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ROOT / "tests" / "prepare" / "medquad"
 sys.path.insert(0, str(ROOT / "prepare"))
 import choice  # noqa: E402
 import gene_labels  # noqa: E402
@@ -43,8 +47,8 @@ def test_medquad_rows(tmp_path, monkeypatch, capsys):
     assert {r["response"] for r in train + val if r["prompt"] == "What are the treatments for Loud knee ?"} == {"Soap.", "Silence."}
     assert "left out: 2 pairs without an answer, 1 duplicates\n" in capsys.readouterr().out
     for r in train + val:
-        assert data.as_messages(r, "here") == [("user", r["prompt"]), ("assistant", r["response"])]
-    samples, counts = data.load_samples(tmp_path / "new" / "dir" / "medquad_train.jsonl", data.load_tokenizer(ROOT / "assets"))
+        assert data.as_conversation(r, "here") == [("user", r["prompt"]), ("assistant", r["response"])]
+    samples, counts = data.load_samples(tmp_path / "new" / "dir" / "medquad_train.jsonl", hf.load_tokenizer(ROOT / "assets"))
     assert counts == {"samples": len(train), "cut": 0, "dropped": 0}
 
 
@@ -83,17 +87,17 @@ def test_medquad_errors(tmp_path, monkeypatch):
     for args, words in (((tmp_path / "nowhere",), "nowhere: no such directory"), ((PAGES, "--val", 6), "sends 6 of 6 pairs"),
                         ((PAGES, "--val", 0), "sends 0 of 6"), ((PAGES / "10_MPlus_ADAM_QA",), "sends 0 of 0"),
                         ((PAGES, "--val", "many"), "invalid int")):
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             call(medquad.main, monkeypatch, *args, "--out", tmp_path / "out")
     for text, words in (("<Document><Focus>", "bad.xml: not XML"), ("<?xml version='1.0' encoding='none'?><a/>", "bad.xml: not XML")):
         (copy / "3_GHR_QA" / "bad.xml").write_text(text)
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             call(medquad.main, monkeypatch, copy, "--val", 1, "--out", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(data.UserError, match="no QAPair in 0 XML files"):
+    with pytest.raises(UserError, match="no QAPair in 0 XML files"):
         medquad.read_pairs(tmp_path / "empty")
     assert not (tmp_path / "out").exists()                                # nothing is written before all is known to be right
-    with pytest.raises(data.UserError, match="cannot be written: "):
+    with pytest.raises(UserError, match="cannot be written: "):
         call(medquad.main, monkeypatch, PAGES, "--val", 1, "--out", copy / "3_GHR_QA" / "bad.xml")
 
 
@@ -108,7 +112,7 @@ def convert(kind, tmp_path, monkeypatch, lines, *more):
     source = tmp_path / "source"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     call(choice.main, monkeypatch, kind, source, "--out", tmp_path / "out.jsonl", *more)
-    return [{k: v for k, v in item.items() if k != "line" and v is not None} for item in data.load_choice(tmp_path / "out.jsonl")]
+    return [{k: v for k, v in item.items() if k != "line" and v is not None} for item in load_choice(tmp_path / "out.jsonl")]
 
 
 def test_pubmedqa(tmp_path, monkeypatch, capsys):
@@ -120,12 +124,12 @@ def test_pubmedqa(tmp_path, monkeypatch, capsys):
     assert "1 of 2 items" in capsys.readouterr().out
     for named, words in (({"12": "yes"}, "ids: id 12 is 'yes'; expected 'no'"), ({"12": None}, "id 12 is None"), ({"13": "yes"}, "id 13 is not in .*source"), ([], "ids: expected one JSON object"), ({}, "at least one")):
         ids.write_text(json.dumps(named))
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             convert("pubmedqa", tmp_path, monkeypatch, [PUBMED], "--ids", ids)
     for change, words in (({"final_decision": None}, "source: id 11: 'final_decision' is None"), ({"QUESTION": ""}, "id 11: 'QUESTION'"), ({"CONTEXTS": "We"}, "id 11: .*CONTEXTS"), ({"CONTEXTS": [1]}, "CONTEXTS")):
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             convert("pubmedqa", tmp_path, monkeypatch, [{"11": {**PUBMED["11"], **change}}])
-    with pytest.raises(data.UserError, match="source: not JSON: Extra data"):
+    with pytest.raises(UserError, match="source: not JSON: Extra data"):
         convert("pubmedqa", tmp_path, monkeypatch, [PUBMED, PUBMED])
 
 
@@ -136,10 +140,10 @@ def test_medmcqa_counts_from_one_or_from_zero(tmp_path, monkeypatch, capsys):
         assert words in capsys.readouterr().out
     for cops, words in (([1, 2, 3], "takes the values 1, 2, 3, "), ([0, 4], "takes the values 0, 4, "), ([4, None], "source:2: 'cop' is missing: the test split"),
                         ([-1], "source:1: 'cop' is -1: the test split"), ([1, 5], "source:2: 'cop' is 5"), ([4, "1"], "'cop' is '1'"), ([4, True], "'cop' is True")):
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             convert("medmcqa", tmp_path, monkeypatch, [{**MCQ, **({"cop": c} if c is not None else {})} for c in cops])
     for change, words in (({"opc": None}, "source:1: 'opc' is None"), ({"opd": " "}, "'opd'"), ({"opa": float("nan")}, "'opa' is nan"), ({"question": ["?"]}, "'question'")):
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             convert("medmcqa", tmp_path, monkeypatch, [{**MCQ, "cop": 4, **change}])
 
 
@@ -154,12 +158,12 @@ def test_medqa(tmp_path, monkeypatch):
                        ({**USMLE, "answer_idx": "C"}, "'answer_idx' 'C' is 0 of"), ({**USMLE, "options": ["Wait"]}, "source:2: 'options'"),
                        ({**USMLE, "options": {"A": "", "B": "Wait"}}, "'A' is ''"), ({**USMLE, "question": None}, "'question' is None")):
         (tmp_path / "out.jsonl").unlink(missing_ok=True)
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             convert("medqa", tmp_path, monkeypatch, [USMLE, row])
         assert not (tmp_path / "out.jsonl").exists()
-    with pytest.raises(data.UserError, match="--ids is for pubmedqa"):
+    with pytest.raises(UserError, match="--ids is for pubmedqa"):
         convert("medqa", tmp_path, monkeypatch, [USMLE], "--ids", tmp_path / "source")
-    with pytest.raises(data.UserError, match="cannot be written: "):
+    with pytest.raises(UserError, match="cannot be written: "):
         convert("medqa", tmp_path, monkeypatch, [USMLE], "--out", tmp_path / "source" / "out.jsonl")
 
 
@@ -167,12 +171,12 @@ def test_mmlu(tmp_path, monkeypatch):
     for name, text in (("anatomy_test", '"Which, exactly? ",one,two,"thr,ee",4,C\n'), ("college_medicine_val", "Q,a,b,c,d,A\nR,a,b,c,d,D\n")):
         (tmp_path / f"{name}.csv").write_text(text)
     call(choice.main, monkeypatch, "mmlu", tmp_path / "anatomy_test.csv", tmp_path / "college_medicine_val.csv", "--out", tmp_path / "out.jsonl")
-    first, *rest = data.load_choice(tmp_path / "out.jsonl")
+    first, *rest = load_choice(tmp_path / "out.jsonl")
     assert first == {"question": "Which, exactly? ", "choices": ["one", "two", "thr,ee", "4"], "answer": 2, "group": "anatomy", "subject": "anatomy", "line": 1}
     assert [(x["question"], x["answer"], x["subject"]) for x in rest] == [("Q", 0, "college_medicine"), ("R", 3, "college_medicine")]
     for text in ("Q,a,b,c,d,E\n", "Q,a,b,c,D\n", "Q,a,,c,d,A\n", "question,A,B,C,D,answer\n"):
         (tmp_path / "bad_test.csv").write_text("R,a,b,c,d,B\n" + text)
-        with pytest.raises(data.UserError, match="bad_test.csv: row 2 is .*expected a question"):
+        with pytest.raises(UserError, match="bad_test.csv: row 2 is .*expected a question"):
             call(choice.main, monkeypatch, "mmlu", tmp_path / "bad_test.csv", "--out", tmp_path / "none.jsonl")
     assert not (tmp_path / "none.jsonl").exists()
 
@@ -185,10 +189,10 @@ def test_gene_sets(tmp_path, monkeypatch):
              [{"id": "GO:1", "genes": ["A"], "process": "p"}, {"id": "GO:2", "genes": ["B", "C"], "process": "q"}])):
         (tmp_path / name).write_text(text)
         call(genesets.main, monkeypatch, tmp_path / name, "--out", tmp_path / "out.jsonl")
-        assert [{k: v for k, v in x.items() if k not in ("line", "group")} for x in data.load_items(tmp_path / "out.jsonl", genes="texts", process="text")] == wanted
+        assert [{k: v for k, v in x.items() if k not in ("line", "group")} for x in load_items(tmp_path / "out.jsonl", genes="texts", process="text")] == wanted
     for text, words in (("a,b\n1,2\n", "the header is"), ("ID,Name,Genes\n1,x,A\n2,,A\n", "row 3 is"), ("ID,Name,Genes\n1,x,\n", "row 2 is"), ("", "the header is None")):
         (tmp_path / "bad.csv").write_text(text)
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             call(genesets.main, monkeypatch, tmp_path / "bad.csv", "--out", tmp_path / "none.jsonl")
 
 
@@ -207,7 +211,7 @@ def test_gene_labels(tmp_path, monkeypatch):
     (tmp_path / "x.gaf").write_text("!gaf-version: 2.1\n" + "".join(
         "\t".join(["U", "id", gene, qualifier, term, "PMID:1", code, "", "C", "", "", "protein", "taxon:9606", "", ""]) + "\n" for gene, qualifier, term, code in annotations))
     call(gene_labels.main, monkeypatch, "--obo", tmp_path / "go.obo", "--gaf", tmp_path / "x.gaf", "--out", tmp_path / "out")
-    found = {p.stem: {x["gene"]: x["label"] for x in data.load_items(p, gene="text", label="label")} for p in (tmp_path / "out").iterdir()}
+    found = {p.stem: {x["gene"]: x["label"] for x in load_items(p, gene="text", label="label")} for p in (tmp_path / "out").iterdir()}
     assert found == {"membrane": {"A": 1, "B": 0, "D": 0}, "nucleus": {"A": 0, "B": 1, "D": 1, "E": 0}, "transcription_factor": {"A": 0, "B": 1}}
     (tmp_path / "other.obo").write_text(OBO.replace("GO:0003700", "GO:0003701"))
     (tmp_path / "empty.gaf").write_text("!gaf-version: 2.1\n")
@@ -215,11 +219,12 @@ def test_gene_labels(tmp_path, monkeypatch):
     for obo, gaf, out, words in (("other.obo", "x.gaf", "no", "other.obo: no term GO:0003700"), ("go.obo", "empty.gaf", "no", "empty.gaf: no annotation"),
                                  ("cut.gz", "x.gaf", "no", "cut.gz or .*x.gaf is damaged"), ("go.obo", "none.gaf", "no", "none.gaf: no such file"),
                                  ("go.obo", "x.gaf", "go.obo", "cannot be written")):
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             call(gene_labels.main, monkeypatch, "--obo", tmp_path / obo, "--gaf", tmp_path / gaf, "--out", tmp_path / out)
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_one_line(tmp_path):
     started = [subprocess.Popen([sys.executable, ROOT / "prepare" / script, *args, "nowhere", "--out", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
                for script, *args in (["medquad.py"], ["choice.py", "pubmedqa"])]

@@ -2,8 +2,10 @@
 
     fault_worker.py FAULT [RANK STEP] -- arguments of train.py
 
-STEP counts the steps of this process from 1, and the fault comes in the middle of it, after its backward pass:
+The objective draws from every random generator there is. STEP counts the steps of this process from 1, and the fault
+comes in the middle of it, after its backward pass:
 
+    draws            nothing
     slow             nothing, but every step and every fsync takes a while, so that there is time to be killed in
     sigkill, sigterm, sigint, sighup        the rank gets this signal
     sigint2          it gets this one twice
@@ -25,17 +27,17 @@ import torch
 
 import bft
 import train
-from data import run
+from runtime.process import run
 
 
 def main():
     fault, *rest = sys.argv[1:sys.argv.index("--")]
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1:]
     rank, at = (int(x) for x in rest[:2] or (0, 0))
-    backward, score, fsync, steps, validations = train.backward, train.score, os.fsync, [], []
+    forward_backward, score, fsync, steps, validations = train.forward_backward, train.score, os.fsync, [], []
 
     def faulty(*args):
-        share = backward(*args)
+        outcome = forward_backward(*args)
         steps.append(0)
         if fault == "slow":
             time.sleep(0.03)
@@ -47,7 +49,7 @@ def main():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 16, 2 ** 16))
             for _ in range(fault.startswith("sig") + fault.endswith("2")):
                 os.kill(os.getpid(), getattr(signal, fault.upper().rstrip("2").removesuffix("-FULL")))
-        return share
+        return outcome
 
     def cut_short(*args):
         validations.append(0)
@@ -55,13 +57,13 @@ def main():
             os.kill(os.getpid(), signal.SIGTERM)
         return score(*args)
 
-    def draws(logp, offsets, group_size):                                 # an objective that uses every generator there is
+    def draws(logp, offsets, group_size):
         return (logp.exp() * torch.rand(len(logp)) + train.np.random.rand() + train.random.random()) / 3
 
     def wrong(logp, offsets, group_size):
         return torch.ones_like(logp) * ({"nan": torch.nan, "zero": 0}[fault] if len(steps) >= at - 1 else 1)
 
-    train.backward, train.score = faulty, cut_short
+    train.forward_backward, train.score = faulty, cut_short
     if fault == "slow":
         os.fsync = lambda f: (time.sleep(0.08), fsync(f))
     row = bft.OBJECTIVES["bft"]

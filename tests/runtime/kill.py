@@ -1,6 +1,6 @@
 """Kills runs at random moments and looks whether they end as if nothing had been. test_faults.py does it three times.
 
-    PYTHONPATH=. python tests/kill.py 20 [--seed 0]
+    PYTHONPATH=.:tests python tests/runtime/kill.py 20 [--seed 0]
 
 A run is one process from random weights, one with adapters, or three ranks under torchrun from trained ones, in turn. SIGKILL comes when its log has
 reached a random step, or while it writes a checkpoint, to all of its processes or to one of its ranks. The same command
@@ -8,7 +8,6 @@ must then go on from a checkpoint, and end with the bits of a run that was never
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -19,15 +18,12 @@ import time
 from pathlib import Path
 
 import torch
-from tiny import tiny
+from support import ASSETS, ROOT, metrics, save_with_tokenizer, tiny
 
-from data import load_tokenizer
-from model import load_safetensors
+import hf
+from runtime.files import load_safetensors
 
 
-ROOT = Path(__file__).resolve().parents[1]
-ASSETS = ROOT / "assets"
-TIMINGS = {"tokens_per_s", "mfu", "memory_gb"}
 KINDS = ("one process", "adapters", "three ranks")
 STEPS = 14
 
@@ -35,10 +31,10 @@ STEPS = 14
 def launch(ranks, fault, *arguments, restarts=0, **options):
     """Starts train.py with this fault (see fault_worker.py), or as it is if it is None; returns the Popen."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
-    script = [ROOT / "train.py"] if fault is None else [ROOT / "tests" / "fault_worker.py", *fault.split(), "--"]
+    script = [ROOT / "train.py"] if fault is None else [ROOT / "tests" / "runtime" / "fault_worker.py", *fault.split(), "--"]
     return subprocess.Popen(
         [sys.executable, *(torchrun if ranks > 1 else []), *map(str, [*script, *arguments])], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **options)
+        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}, **options)
 
 
 def finish(*arguments, **options):
@@ -54,20 +50,13 @@ def workers(pid):
     return [p for c in children for p in (c, *workers(c))]
 
 
-def metrics(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").is_file() else []
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines if line.endswith("}")]
-
-
 def command(kind, directory):
     """What train.py is told, but for --out: 42 samples, a checkpoint and a validation every third of 14 steps."""
     lines = (ASSETS / "finetune.jsonl").read_text().splitlines(keepends=True)[::16]
     (directory / "data.jsonl").write_text("".join(lines))
     base = directory / "base"
     if kind != "one process" and not base.exists():
-        tiny(vocab_size=load_tokenizer(ASSETS).n_vocab, max_position_embeddings=512).save_pretrained(base)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (base / name).write_bytes((ASSETS / name).read_bytes())
+        save_with_tokenizer(tiny(vocab_size=hf.load_tokenizer(ASSETS).n_vocab, max_position_embeddings=512), base)
     init = ["--init", "scratch", "--tokenizer", ASSETS, "--n-layer", 2, "--n-head", 2, "--n-embd", 32] \
         if kind == "one process" else ["--init", base, *["--lora-rank", 2][:2 * (kind == "adapters")]]
     return [*init, "--data", directory / "data.jsonl", "--val-data", directory / "data.jsonl", "--dtype", "float32", "--lr", 1e-3,
@@ -88,7 +77,7 @@ def unbroken(kind, directory):
     """(arguments of train.py but for --out, the run directory of a run with them that nothing happened to)."""
     argv, whole = command(kind, directory), directory / f"whole {kind}"
     if not (whole / "model" / "config.json").exists():
-        code, output = finish(3 if kind == "three ranks" else 1, "slow", *argv, "--out", whole)
+        code, output = finish(3 if kind == "three ranks" else 1, "draws", *argv, "--out", whole)
         assert code == 0, output
     return argv, whole
 
@@ -109,7 +98,7 @@ def kill_once(kind, directory, rng):
     process.communicate(timeout=60)
     assert process.returncode != 0
     had = metrics(out)[-1]["step"]
-    code, output = finish(ranks, "slow", *argv, "--out", out)
+    code, output = finish(ranks, "draws", *argv, "--out", out)
     assert code == 0, output
     start = int(output.split("bft from step ")[1].split()[0])
     assert start >= 3, output                                             # it went on, and did not start again

@@ -13,17 +13,20 @@ from pathlib import Path
 import kill
 import pytest
 import torch
-from kill import ASSETS, KINDS, assert_same, finish, metrics
-from test_train import call
+from kill import KINDS, assert_same, finish
+from support import ASSETS, call, metrics
 
 import train
-from data import run
-from model import replacing
+from runtime import run_directory
+from runtime.checkpoint import checkpoints
+from runtime.process import run
 
 
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) == signal.SIG_IGN:                        # of a job in the background: what is started
-        signal.signal(number, handler)                                    # here would ignore it too
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)                                  # Windows has no SIGHUP
+    if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)                                    # of a job in the background: what is started here
+                                                                          # would ignore it too
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def three(directory):
 
 
 def steps_saved(out):
-    return [step for step, _ in train.checkpoints(out)]
+    return [step for step, _ in checkpoints(out)]
 
 
 def errors(output):
@@ -55,6 +58,7 @@ def errors(output):
 # ---------------------------------------------------------------------------------------------------------------------
 # Invariant 2
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, seed", list(zip(KINDS, (22, 28, 12))))
 def test_a_killed_run_ends_as_if_nothing_had_been(kind, seed, directory):
     """One process while it saves step 6, adapters some time after step 5, one of three ranks some time after step 9."""
@@ -62,6 +66,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(kind, seed, directory):
     assert ("saving" in done) == (kind == "one process") and ("one rank" in done) == (kind == "three ranks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, code, saved", [("sigterm 0 5", 143, 5), ("sigint 0 5", 130, 5), ("sighup 0 5", 129, 5),
                                                 ("sigint2 0 5", 130, 3), ("validating 0 3", 143, 6)])
 def test_a_signal_stops_after_the_step_and_its_checkpoint(fault, code, saved, one, tmp_path):
@@ -73,21 +78,23 @@ def test_a_signal_stops_after_the_step_and_its_checkpoint(fault, code, saved, on
         assert [x["step"] for x in metrics(tmp_path) if "val_nll" in x] == [0, 3]
     if saved != 3:
         assert f"the same command goes on from step {saved}" in output
-    code, output = finish(1, "slow", *argv, "--out", tmp_path)
+    code, output = finish(1, "draws", *argv, "--out", tmp_path)
     assert code == 0 and f"bft from step {saved} to" in output and "warning" not in output
     assert_same(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(three, tmp_path):
     argv, whole = three
     code, output = finish(3, "sigterm 1 5", *argv, "--out", tmp_path)
     assert code != 0 and re.findall(r"exitcode +: (\S+)", output)[-1] == "143" and "SIGTERM; the same command" in output
     assert steps_saved(tmp_path) == [3, 5] and metrics(tmp_path)[-1]["step"] == 5
-    code, output = finish(3, "slow", *argv, "--out", tmp_path)
+    code, output = finish(3, "draws", *argv, "--out", tmp_path)
     assert code == 0 and "from step 5" in output
     assert_same(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_go_on_by_themselves(three, tmp_path):
     """Whatever --no-resume meant the first time."""
     argv, whole = three
@@ -96,6 +103,7 @@ def test_torchrun_restarts_go_on_by_themselves(three, tmp_path):
     assert_same(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_another_world_size_goes_on_with_the_same_samples(one, tmp_path):
     """(The objective of the other tests draws other random numbers on each rank; this one is train.py as it is.)"""
     argv, _ = one
@@ -142,7 +150,7 @@ def test_other_settings_are_another_run(change, directory, tmp_path, monkeypatch
         path.write_text(path.read_text() + '{"text": "one more"}\n')
     else:
         argv += change
-    train.sha256.cache_clear()                                            # files do not change under a running process
+    run_directory.sha256.cache_clear()                                            # files do not change under a running process
     capsys.readouterr()
     assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 2
     name = f"another content of {change}" if isinstance(change, str) else change[0].strip("-").replace("-", "_")
@@ -161,18 +169,39 @@ def test_other_tokens_are_another_run_whatever_made_them(directory, tmp_path, mo
     assert "holds another run (another content of tokens)" in capsys.readouterr().err
 
 
+def test_another_optimizer_is_another_run(directory, tmp_path, monkeypatch, capsys):
+    argv, make = [*kill.command("one process", directory), "--steps", 1, "--out", tmp_path], train.make_optimizer
+    assert call(monkeypatch, *argv) == 0
+    recorded = json.loads((tmp_path / "config.json").read_text())["optimizer"]
+    assert recorded == {"name": "AdamW", "betas": [0.9, 0.95], "eps": 1e-8, "fused": True, **{
+        key: recorded[key] for key in recorded if key == "decoupled_weight_decay"}}
+
+    def other_betas(trained, settings):
+        optimizer = make(trained, settings)
+        for group in optimizer.param_groups:
+            group["betas"] = (0.9, 0.99)
+        return optimizer
+
+    for other, words in ((other_betas, "optimizer's betas [0.9, 0.95], now [0.9, 0.99]"),
+                         (lambda trained, settings: torch.optim.SGD(trained.values(), lr=settings.lr), "optimizer's name 'AdamW', now 'SGD'")):
+        monkeypatch.setattr(train, "make_optimizer", other)
+        assert call(monkeypatch, *argv, "--steps", 2) == 2
+        error = capsys.readouterr().err
+        assert words in error and "holds another run" in error and error.count("\n") == 1
+
+
 def test_it_is_the_dtype_that_counts_not_what_it_was_called():
     def config(asked, dtype, **change):
-        return {"objective": "bft", "settings": {"dtype": asked, "lr": 1.0, "data": "here"}, "versions": {"torch": "2"}, "sha256": {"data": "a"}, "threads": 1,
+        return {"objective": "bft", "settings": {"dtype": asked, "lr": 1.0, "data": "here"}, "versions": {"torch": "2"}, "sha256": {"data": "a"}, "optimizer": {}, "threads": 1,
                 "dtype": f"torch.{dtype}", "device": "cpu", "world_size": 1, "git_commit": None, **change}
     old = config("auto", "bfloat16")
-    assert train.differences(old, config("bfloat16", "bfloat16")) == ([], [])
-    assert train.differences(old, config("auto", "float32")) == (["dtype 'torch.bfloat16', now 'torch.float32'"], [])   # on another machine
-    assert train.differences(old, config("auto", "bfloat16", git_commit="c", versions={"torch": "3"})) == (
+    assert run_directory.differences(old, config("bfloat16", "bfloat16")) == ([], [])
+    assert run_directory.differences(old, config("auto", "float32")) == (["dtype 'torch.bfloat16', now 'torch.float32'"], [])   # on another machine
+    assert run_directory.differences(old, config("auto", "bfloat16", git_commit="c", versions={"torch": "3"})) == (
         [], ["git_commit None, now 'c'", "torch '2', now '3'"])
     moved = config("auto", "bfloat16", sha256={"data": "b"})
     moved["settings"]["data"] = "there"                                   # the place is of no account, the content is
-    assert train.differences(old, moved) == (["another content of data"], [])
+    assert run_directory.differences(old, moved) == (["another content of data"], [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,16 +269,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, directory, tmp
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before and not (tmp_path / "planted").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_costs_nothing(one, tmp_path):
     argv, whole = one
     code, output = finish(1, "full 0 5", *argv, "--out", tmp_path)
     assert code == 1 and errors(output) == [f"error: {tmp_path}/checkpoint/step-6.pt: File too large"] and "Traceback" not in output
     assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["step-3.pt"]
-    code, output = finish(1, "slow", *argv, "--out", tmp_path)
+    code, output = finish(1, "draws", *argv, "--out", tmp_path)
     assert code == 0 and "from step 3" in output
     assert_same(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_not_hidden_by_a_signal(one, tmp_path):
     argv, _ = one
     code, output = finish(1, "sigterm-full 0 5", *argv, "--out", tmp_path)
@@ -257,6 +288,7 @@ def test_a_full_disk_is_not_hidden_by_a_signal(one, tmp_path):
     assert steps_saved(tmp_path) == [3]
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_checkpoint_is_heard(directory, tmp_path, monkeypatch, capsys):
     argv = [*kill.command("one process", directory), "--steps", 4, "--objective", "sft", "bft", "--out", tmp_path]
     save = train.save_checkpoint
@@ -272,16 +304,16 @@ def test_a_signal_in_the_last_checkpoint_is_heard(directory, tmp_path, monkeypat
 
 def test_a_run_killed_before_its_first_file_was_whole(directory, tmp_path, monkeypatch):
     argv = [*kill.command("one process", directory), "--steps", 1, "--out", tmp_path / "run"]
-    write, written = train.write_whole, []
+    write, written = run_directory.write_whole, []
 
     def killed(path, chunks):
         written.append(Path(path).name)
         Path(f"{path}.tmp").write_bytes(b"half")
         raise SystemExit(-9)
-    monkeypatch.setattr(train, "write_whole", killed)
+    monkeypatch.setattr(run_directory, "write_whole", killed)
     assert call(monkeypatch, *argv) == -9 and written == ["config.json"]
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json.tmp"]   # by config.json a run is known: it comes first
-    monkeypatch.setattr(train, "write_whole", write)
+    monkeypatch.setattr(run_directory, "write_whole", write)
     assert call(monkeypatch, *argv) == 0 and steps_saved(tmp_path / "run") == [1]
 
 
@@ -319,6 +351,7 @@ def test_lost_lines_of_the_log_are_missed(directory, tmp_path, monkeypatch, caps
         (tmp_path / "checkpoint" / "step-4.pt").unlink()
 
 
+@pytest.mark.slow
 def test_a_directory_that_cannot_be_written_to(directory, monkeypatch, capsys, tmp_path):
     argv = kill.command("one process", directory)
     assert call(monkeypatch, *argv, "--out", "/proc/run") in (1, 2)       # 1: the superuser may write there, but cannot
@@ -330,31 +363,10 @@ def test_a_directory_that_cannot_be_written_to(directory, monkeypatch, capsys, t
     assert f"{tmp_path} cannot be written to" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path, done, fsync, replace = tmp_path / "a", [], os.fsync, os.replace
-    with monkeypatch.context() as m:                                      # on the disk, then the name, then the name on the disk
-        m.setattr(os, "fsync", lambda f: done.append(f"fsync {os.readlink(f'/proc/self/fd/{f}')}") or fsync(f))
-        m.setattr(os, "replace", lambda a, b: done.append(f"rename {a}") or replace(a, b))
-        with replacing(path) as f:
-            f.write(b"content")
-    assert done == [f"fsync {path}.tmp", f"rename {path}.tmp", f"fsync {tmp_path}"]
-    for content in (b"old", b"new"):
-        with replacing(path) as f:
-            f.write(content)
-        assert path.read_bytes() == content
-    with pytest.raises(SystemExit) as e:
-        def main():
-            with replacing(path) as f:
-                f.write(b"half")
-                os.kill(os.getpid(), signal.SIGTERM)
-                f.write(b" and half")
-        run(main)
-    assert e.value.code == 143 and path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers gone wrong, ranks gone
 
+@pytest.mark.slow
 def test_a_number_that_is_none_stops_every_rank_at_its_step(three, tmp_path):
     argv, _ = three
     code, output = finish(3, "nan 0 5", *argv, "--out", tmp_path)
@@ -365,12 +377,14 @@ def test_a_number_that_is_none_stops_every_rank_at_its_step(three, tmp_path):
     assert all(t.isfinite().all() for t in state["model"].values())
 
 
+@pytest.mark.slow
 def test_a_loss_of_zero_is_remarked_upon_once(one, tmp_path):
     argv, _ = one
     code, output = finish(1, "zero 0 8", *argv, "--steps", 60, "--save-every", 0, "--eval-every", 0, "--out", tmp_path)
     assert code == 0 and output.count("warning: since step 8 the loss or its gradient is exactly 0") == 1 == output.count("warning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["sigkill 1 5", "raise 1 5"])
 def test_a_rank_that_dies_takes_the_others_down(fault, three, tmp_path):
     argv, _ = three
@@ -381,6 +395,7 @@ def test_a_rank_that_dies_takes_the_others_down(fault, three, tmp_path):
     assert steps_saved(tmp_path) == [3]
 
 
+@pytest.mark.slow
 def test_fewer_samples_than_ranks_in_a_batch(tmp_path, directory):
     """Some lines keep no response token; of what is left the last batch of an epoch has one sample for three ranks."""
     lines = (directory / "data.jsonl").read_text().splitlines(keepends=True)[:7]
@@ -411,6 +426,7 @@ def audit(event, arguments):
         WRITTEN.append(f"/{event}")
 
 
+@pytest.mark.slow
 def test_nothing_but_the_run_is_written_and_no_code_of_a_model_is_run(tmp_path, directory, monkeypatch):
     argv, base, out = kill.command("adapters", directory), tmp_path / "base", tmp_path / "run"
     base.mkdir()

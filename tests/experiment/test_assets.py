@@ -4,15 +4,13 @@ import collections
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import ASSETS, ROOT
 
-
-ROOT = Path(__file__).resolve().parents[1]
-ASSETS = ROOT / "assets"
-sys.path.insert(0, str(ROOT / "prepare"))
-import go_facts  # noqa: E402
+from data import load_samples
+from hf import load_tokenizer
+from prepare import go_facts
 
 
 def rows(name):
@@ -50,7 +48,6 @@ def test_strata_are_by_gene_and_exposures_are_as_stated():
 
 
 def test_fine_tuning_answers_are_explanations_with_the_fact_inside():
-    from data import load_samples, load_tokenizer
     samples, _ = load_samples(ASSETS / "finetune.jsonl", load_tokenizer(ASSETS))
     assert all(30 <= s.response.sum() <= 120 for s in samples)
     answer = {f["fact"]: f["answer"] for f in rows("facts")}

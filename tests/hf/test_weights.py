@@ -1,0 +1,231 @@
+"""Weights against transformers: logits and greedy ids, files in and out, adapters, damaged directories, the hub."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from families import FAMILIES, equal_tensors, opened_by_transformers, theirs_of
+from support import LLAMA, ROOT, tiny
+
+import hf
+from model import GPT
+from runtime.files import load_safetensors, save_safetensors
+from runtime.process import UserError
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For models so small, several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_greedy_ids_equal_transformers(tmp_path, family):
+    theirs = theirs_of(family)
+    theirs.save_pretrained(tmp_path)
+    ours = hf.load_model(tmp_path).eval()
+    ids = torch.randint(97, (3, 200))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    prompts = [torch.randint(97, (n,)) for n in (3, 40, 1, 17)]
+    new = ours.generate(prompts, 32)
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    expected = theirs.generate(padded, attention_mask=mask, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 40:]
+    assert all(map(torch.equal, new, expected))
+    assert len(set(torch.cat(new).tolist())) > 8                          # varied, so that a mistake would show
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_round_trip_is_exact_and_sharded(tmp_path, family, dtype, monkeypatch):
+    theirs = theirs_of(family).to(dtype)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")    # several files and an index
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
+    ours = hf.load_model(tmp_path / "theirs")
+    assert all(p.dtype == dtype for p in ours.parameters())
+    ours.float()                                                          # as training does; saved as it was
+    for shard_bytes, files in ((20_000, "model-00001-of-*"), (10 ** 9, "model.safetensors")):   # the second over the first
+        monkeypatch.setattr(hf.weights, "SHARD_BYTES", shard_bytes)
+        hf.save_model(ours, tmp_path / "ours")
+        assert list((tmp_path / "ours").glob(files)) and not list((tmp_path / "ours").glob("*.tmp"))
+        again = opened_by_transformers(tmp_path / "ours")
+        assert again.dtype == dtype and equal_tensors(again.state_dict(), theirs.state_dict())
+        assert equal_tensors(hf.load_model(tmp_path / "ours").state_dict(), ours.to(dtype).state_dict())
+    assert not (tmp_path / "ours" / "model.safetensors.index.json").exists()
+    tensors = {k: v for file in (tmp_path / "theirs").glob("*.safetensors") for k, v in load_safetensors(file).items()}
+    assert equal_tensors(load_safetensors(tmp_path / "ours" / "model.safetensors"), tensors)   # names and layout too
+    spec = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert spec == json.loads((tmp_path / "theirs" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False}, {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new"}],
+                         ids=["llama", "untied", "gpt2"])
+def test_what_is_saved_is_loaded(tmp_path, change, monkeypatch):
+    model = tiny(**change)
+    for shard_bytes, count in ((20_000, 4), (10 ** 9, 1)):
+        monkeypatch.setattr(hf.weights, "SHARD_BYTES", shard_bytes)
+        hf.save_model(model, tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) == len(hf.weight_files(tmp_path)) >= count
+        loaded = hf.load_model(tmp_path)
+        assert loaded.config == model.config and equal_tensors(loaded.state_dict(), model.state_dict())
+
+
+def test_each_tensor_keeps_the_dtype_of_its_file(tmp_path):
+    hf.save_model(tiny(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {k: v.bfloat16() if v.dim() == 2 else v for k, v in load_safetensors(path).items()}
+    save_safetensors(tensors, path)
+    hf.save_model(hf.load_model(tmp_path).float(), tmp_path)
+    assert equal_tensors(load_safetensors(path), tensors)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.slow
+def test_old_gpt2_files_are_read(tmp_path):
+    theirs = theirs_of("gpt2")
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {k.removeprefix("transformer."): v for k, v in load_safetensors(path).items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 256, 256, dtype=torch.uint8) for i in range(3)}   # the published file has them
+    save_safetensors({**tensors, **masks}, path)
+    ids = torch.randint(97, (2, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(hf.load_model(tmp_path)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_may_be_in_the_file_but_not_differ(tmp_path):
+    hf.save_model(tiny(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_safetensors(path)
+    for order in (lambda a, b: {**a, **b}, lambda a, b: {**b, **a}):      # transformers' files begin with the head
+        save_safetensors(order(tensors, {"lm_head.weight": tensors["model.embed_tokens.weight"]}), path)
+        assert equal_tensors(hf.load_model(tmp_path).state_dict(), tiny().state_dict())
+        save_safetensors(order(tensors, {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}), path)
+        with pytest.raises(ValueError, match="lm_head.weight .differs"):
+            hf.load_model(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loading_holds_the_model_once(tmp_path, family):
+    big = {"vocab_size": 20000, "num_hidden_layers": 6} | ({"hidden_size": 1024, "intermediate_size": 4096} if family == "llama" else {})
+    if family == "gpt2":
+        big |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 1024, "n_layer": 6, "n_head": 4, "n_positions": 256}
+        big |= dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+                              "max_position_embeddings"))
+    with torch.device("meta"):                                            # no matter what its numbers are
+        model = GPT(hf.config_from_dict({**LLAMA, **big})).bfloat16()
+    hf.save_model(model.to_empty(device="cpu"), tmp_path)
+    measure = """
+import sys, torch
+import hf
+def peak(): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+model = hf.load_model(sys.argv[1])
+print((peak() - before) / sum(p.nbytes for p in model.parameters()))
+"""
+    out = subprocess.run([sys.executable, "-c", measure, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 0.8 < float(out) < 1.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama-biases", "mistral", "qwen2", "qwen3"])
+def test_adapters_begin_at_nothing_and_merge_exactly(tmp_path, family):
+    theirs_of(family).save_pretrained(tmp_path)
+    model = hf.load_model(tmp_path)
+    model.add_lora(3, 12.0)
+    base_ids = torch.randint(97, (2, 30))
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    linear = 6 if family == "gpt2" else 7                                 # in each of 3 blocks, every one of them
+    assert len(names) == 2 * 3 * linear and all(".lora_" in name for name in names)
+    with torch.no_grad():
+        torch.testing.assert_close(model(base_ids), hf.load_model(tmp_path)(base_ids))
+        for name in names:
+            torch.nn.init.normal_(model.get_parameter(name), std=0.1)
+        q = model.layers[1].self_attn.q_proj                              # the definition, by hand
+        x = torch.randn(5, q.in_features)
+        delta = 12.0 / 3 * q.lora_b @ q.lora_a
+        torch.testing.assert_close(q(x), torch.nn.functional.linear(x, q.weight + delta, q.bias))
+    hf.save_model(model, tmp_path / "merged")
+    with torch.no_grad():
+        logits = model(base_ids)
+        torch.testing.assert_close(opened_by_transformers(tmp_path / "merged")(base_ids).logits, logits, rtol=1e-4, atol=1e-4)
+        assert (logits - hf.load_model(tmp_path)(base_ids)).abs().max() > 0.1
+    assert load_safetensors(tmp_path / "merged" / "model.safetensors").keys() == load_safetensors(tmp_path / "model.safetensors").keys()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+def test_damaged_directories_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf.weights, "SHARD_BYTES", 20_000)
+    directory = tmp_path / "model"
+    hf.save_model(tiny(), directory)
+    index, shard = directory / "model.safetensors.index.json", next(directory.glob("model-00002*"))
+    whole, spec = shard.read_bytes(), json.loads(index.read_text())
+    (tmp_path / shard.name).write_bytes(whole)                            # a good one, where none is looked for
+    for broken in (b"", b"\x08", whole[:50], whole[:-10], b"\xff" * 16, whole + b"\0"):
+        shard.write_bytes(broken)
+        with pytest.raises(ValueError, match="safetensors file that we can read"):
+            hf.load_model(directory)
+    shard.write_bytes(whole)
+    tensors = load_safetensors(shard)
+    name = next(iter(tensors))
+    for changed, words in (({k: v for k, v in tensors.items() if k != name}, name.removeprefix("model.")),
+                           ({**tensors, "model.extra": torch.zeros(1)}, "model.extra"),
+                           ({**tensors, "model.embed_tokens.weight": torch.zeros(97, 32)}, "model.embed_tokens.weight"),   # twice
+                           ({**tensors, name: tensors[name].bool()}, "torch.bool")):
+        save_safetensors(changed, shard)
+        with pytest.raises(ValueError, match=words):
+            hf.load_model(directory)
+    for text in ("{", "[]", json.dumps({"weight_map": {}}), json.dumps({"weight_map": {name: "../" + shard.name}}),
+                 json.dumps({"weight_map": {name: "model-00009-of-00009.safetensors"}})):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="index"):
+            hf.load_model(directory)
+    index.write_text(json.dumps(spec))
+    for text in ("{", "[]", "\udcff"):
+        (directory / "config.json").write_text(text, errors="surrogateescape")
+        with pytest.raises(ValueError, match="config.json"):
+            hf.load_model(directory)
+        with pytest.raises(UserError, match="config.json"):               # for the commands: a user's mistake
+            hf.load_weights(directory)
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match="no model there.*not read"):
+        hf.load_model(directory)
+    for opening in (hf.load_weights, hf.open_model):
+        with pytest.raises(UserError, match="no model there.*not read"):
+            opening(directory)
+
+
+def test_hub_ids_are_downloaded_or_explained(tmp_path, monkeypatch):
+    hf.save_model(tiny(), tmp_path)
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked[name] = allow_patterns
+        if name == "some/offline":
+            raise ConnectionError("no route\nto host")
+        return str(tmp_path)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert equal_tensors(hf.load_model("some/model-1.5").state_dict(), tiny().state_dict())
+    assert "config.json" in asked["some/model-1.5"] and not any(p.endswith((".bin", ".py", ".pt", "*")) for p in asked["some/model-1.5"])
+    with pytest.raises(FileNotFoundError, match="some/offline: no such directory.*no route to host.*name its directory"):
+        hf.load_model("some/offline")
+    for name in ("nowhere", "/no/such/place", "../a/b"):                  # no repository has such an id
+        with pytest.raises(FileNotFoundError, match="no such directory"):
+            hf.load_model(name)
+        assert name not in asked
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)             # not installed
+    with pytest.raises(FileNotFoundError, match="pip install"):
+        hf.load_model("some/model")

@@ -1,0 +1,114 @@
+"""Log-likelihoods against direct calculations, and what the ranks do of them."""
+
+import numpy as np
+import pytest
+import torch
+from evaluation_files import log_likelihood, small
+from support import ASSETS
+
+import hf
+from data import load_samples
+from runtime.process import UserError
+from tasks import progress
+from tasks.nll import nll_items
+from tasks.scoring import Request, loglikelihood, micro_batches_of_rank, score, sum_over_ranks
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return hf.load_tokenizer(ASSETS)
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer):
+    return load_samples(ASSETS / "finetune.jsonl", tokenizer)[0]
+
+
+def test_nll_equals_a_direct_calculation(tokenizer, samples):
+    model = small(tokenizer, 0)
+    for sample, item in zip(samples[:9], nll_items(model, samples[:9], group_size=8)):
+        start = int(sample.response.argmax())
+        assert item["nll"] == pytest.approx(-log_likelihood(model, sample.ids.tolist(), start), rel=1e-5)
+        assert item["tokens"] == len(sample.ids) - start and 0 < item["confidence"] < 1
+        assert (item["line"], item["group"]) == (sample.line, sample.group)
+
+
+def test_scores_do_not_depend_on_the_micro_batch(tokenizer, samples):
+    model = small(tokenizer, 0)
+    whole, single = (score(model, samples[:40], micro_tokens=m) for m in (100_000, 1))
+    np.testing.assert_allclose(whole, single, rtol=1e-5, atol=1e-8)
+
+
+def test_scoring_can_be_cut_short(tokenizer, samples):
+    model, calls = small(tokenizer, 0), []
+    model.register_forward_pre_hook(lambda *_: calls.append(0))
+    score(model, samples[:20], micro_tokens=100, stopped=lambda: len(calls) == 2)
+    assert len(calls) == 2
+
+
+def test_requests_that_read_the_same_share_a_row(tokenizer):
+    """Whatever shares one, and whatever is cut at the beginning."""
+    model, rows = small(tokenizer, 0, positions=12), []
+    hook = model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[1])))
+    context = list(range(5, 14))
+    requests = [Request(context, [20]), Request(context, [21]), Request(context, [22, 23, 24, 25, 26]), Request(context[:4], [5]),
+                Request(context, [20])]
+    found = loglikelihood(model, requests)
+    hook.remove()
+    assert rows == [3]
+    for (before, ids), value in zip(requests, found):
+        read = (before + ids[:-1])[-12:]
+        assert value == pytest.approx(log_likelihood(model, read + ids[-1:], len(read) - len(ids) + 1), abs=1e-4)
+    np.testing.assert_allclose(loglikelihood(model, requests, micro_tokens=1), found, rtol=1e-5)
+
+
+def test_ranks_share_the_micro_batches_of_one(monkeypatch):
+    lengths = [7, 3, 9, 1, 5, 5, 2, 8]
+    one = micro_batches_of_rank(lengths, 10)
+    assert sorted(i for micro_batch in one for i in micro_batch) == list(range(8))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        shares.append(micro_batches_of_rank(lengths, 10))
+    assert sorted(micro_batch for share in shares for micro_batch in share) == sorted(one)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_numbers_that_are_none_are_refused():
+    with pytest.raises(UserError, match=r"no numbers \(NaN\)"):
+        sum_over_ranks(torch.tensor([1.0, float("nan")]))
+
+
+class Clock:
+    """A time that goes on by so many seconds whenever it is told to."""
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+    def work(self, seconds, parts, label="m: nll"):
+        for _ in progress.with_progress(list(range(parts)), label):
+            self.now += seconds
+
+
+def test_long_work_says_on_stderr_how_long_it_will_take(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    clock.work(2, 10)
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines() == ["m: nll: 3 of 10 parts, 14 s left", "m: nll: 6 of 10 parts, 8 s left", "m: nll: 9 of 10 parts, 2 s left"]
+    clock.work(60, 11)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and lines[0] == "m: nll: 1 of 11 parts, 10 min left"
+    clock.work(4000, 3)
+    assert capsys.readouterr().err.splitlines()[0] == "m: nll: 1 of 3 parts, 2.2 h left"
+
+
+def test_short_work_other_ranks_and_training_are_silent(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    clock.work(1, 5)
+    clock.work(60, 5, label=None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    clock.work(60, 5)
+    assert capsys.readouterr() == ("", "")
