@@ -195,7 +195,8 @@ def loss_from_logits(logits, labels, objective="bft", group_size=256, denominato
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _weights(logp, offsets, objective, group_size):
-    """s_b * w_t in float64: (N,). The stop-gradient of every equation is the detach() here."""
+    """s_b * w_t in float64: (N,). The stop-gradient of every equation is the detach() here (the confidences have one of
+    their own for those who call them directly)."""
     row = _row(objective)
     _check(logp, offsets, group_size)
     logp, offsets = logp.detach().double(), offsets.to(logp.device, non_blocking=True)

@@ -292,6 +292,7 @@ def train(settings, objective, out, record, make_model, samples, validation, ext
     trained = trained_parameters(model)
     optimizer = make_optimizer(trained, settings)
     start = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)
+    # The log may have the validation of this step already.
     validated = begin(out, record, start, settings.resume, ranks)
     net = wrap(model, settings, dtype, ranks)
     log = StepLog(out, objective, model, samples, start, total, settings, dtype, ranks)

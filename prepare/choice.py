@@ -1,4 +1,4 @@
-"""Converts published medical multiple-choice sets to the JSONL that `data.load_choice` reads.
+"""Converts published medical multiple-choice sets to the JSONL that `tasks.choice.load_choice` reads.
 
     python prepare/choice.py pubmedqa data/ori_pqal.json --ids data/test_ground_truth.json --out pubmedqa_test.jsonl
     python prepare/choice.py medmcqa dev.json --out medmcqa_dev.jsonl
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # data.py and model.py are in the root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # our modules are in the root
 from data import read_jsonl  # noqa: E402
 from runtime.files import write_whole  # noqa: E402
 from runtime.process import Parser, UserError, run  # noqa: E402

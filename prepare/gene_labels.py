@@ -19,7 +19,7 @@ from pathlib import Path
 from go_facts import Ontology
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # data.py and model.py are in the root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # our modules are in the root
 from runtime.files import write_whole  # noqa: E402
 from runtime.process import Parser, UserError, run  # noqa: E402
 

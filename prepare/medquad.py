@@ -17,7 +17,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # data.py and model.py are in the root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # our modules are in the root
 from runtime.files import write_whole  # noqa: E402
 from runtime.process import Parser, UserError, run  # noqa: E402
 

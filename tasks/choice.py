@@ -233,8 +233,13 @@ def record(item, loglik, requests, texts, positions):
     }
     # The last token is not read.
     longest = max(len(context) + len(continuation) for context, continuation in requests) - 1
-    result = {"line": item["line"], "group": item["group"], "loglik": loglik.tolist(),
-              "cut": max(0, longest - positions), "nll": -loglik[answer] / tokens[answer]}
+    result = {
+        "line": item["line"],
+        "group": item["group"],
+        "loglik": loglik.tolist(),
+        "cut": max(0, longest - positions),
+        "nll": -loglik[answer] / tokens[answer],
+    }
     for measure, pick in picks.items():
         result[measure] = int(pick == answer)
     if "planted" in item:

@@ -58,13 +58,22 @@ def inspect_item(model, tokenizer, sample, dtype=torch.float32, group_size=256):
     arguments = logp, batch.offsets, group_size
     weights = {}
     for name, objective in bft.OBJECTIVES.items():
-        weights[name] = {"w": objective.token_weight(*arguments).tolist(),
-                         "s": objective.sample_weight(*arguments).item()}
+        weights[name] = {
+            "w": objective.token_weight(*arguments).tolist(),
+            "s": objective.sample_weight(*arguments).item(),
+        }
     texts = [tokenizer.bytes.get(i, b"?").decode(errors="backslashreplace") for i in sample.ids.tolist()]
-    return {"line": sample.line, "group": sample.group, "tokens": texts, "response": sample.response.tolist(),
-            "p": logp.exp().tolist(), "c": bft.local_confidence(*arguments).tolist(),
-            "confidence": bft.group_confidence(*arguments).item(), "minimum_group": [first, first + group - 1],
-            "weights": weights}
+    return {
+        "line": sample.line,
+        "group": sample.group,
+        "tokens": texts,
+        "response": sample.response.tolist(),
+        "p": logp.exp().tolist(),
+        "c": bft.local_confidence(*arguments).tolist(),
+        "confidence": bft.group_confidence(*arguments).item(),
+        "minimum_group": [first, first + group - 1],
+        "weights": weights,
+    }
 
 
 def finish(samples, answers, evaluation):
@@ -124,9 +133,12 @@ def block(model, item, number):
 def numbers_of(item):
     """What the script colours by."""
     weights = item["weights"]
-    return {"p": rounded(item["p"]), "c": rounded(item["c"]),
-            "s": {objective: row["s"] for objective, row in weights.items()},
-            "w": {objective: rounded(row["w"]) for objective, row in weights.items()}}
+    return {
+        "p": rounded(item["p"]),
+        "c": rounded(item["c"]),
+        "s": {objective: row["s"] for objective, row in weights.items()},
+        "w": {objective: rounded(row["w"]) for objective, row in weights.items()},
+    }
 
 
 def rounded(values):

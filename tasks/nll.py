@@ -51,8 +51,13 @@ def nll_items(model, samples, dtype=torch.float32, group_size=256, label=None):
     scores = score(model, samples, dtype, group_size=group_size, label=label)
     items = []
     for sample, (logp, tokens, confidence) in zip(samples, scores.tolist()):
-        items.append({"line": sample.line, "group": sample.group, "nll": -logp, "tokens": int(tokens),
-                      "confidence": confidence})
+        items.append({
+            "line": sample.line,
+            "group": sample.group,
+            "nll": -logp,
+            "tokens": int(tokens),
+            "confidence": confidence,
+        })
     return items
 
 

@@ -156,7 +156,8 @@ def make_features(questions, answers, columns):
         for path, (items, vectors) in answers.items():
             described[path] = encode([item["text"] for item in items]) if encode else vectors[OWN_PROFILES]
         models = {column: [described[path] for path in paths] for column, paths in columns.items()}
-        shape = next(iter(models.values()))[0].shape
+        first_column = next(iter(models.values()))
+        shape = first_column[0].shape
         controls = {"random vectors": [np.random.RandomState(seed).normal(size=shape) for seed in range(5)]}
         if encode:
             controls["gene names"] = [encode(genes)]

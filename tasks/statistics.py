@@ -65,8 +65,14 @@ def summary_row(measure, group, results):
             estimates.setdefault(column, []).append(estimate(measure, items))
     if not estimates:
         return None
-    row = {"group": group, "measure": measure.key, "heading": measure.heading, "percent": measure.percent, "n": n}
-    row |= compare(estimates)
+    row = {
+        "group": group,
+        "measure": measure.key,
+        "heading": measure.heading,
+        "percent": measure.percent,
+        "n": n,
+        **compare(estimates),
+    }
     if not measure.comparable:
         row["pairs"] = []
     return row
@@ -104,14 +110,25 @@ def compare(estimates):
             low, high = seeds[-1].interval
         else:
             low, high = interval(means[column])
-        models[column] = {"value": float(np.mean(values)), "value_low": low, "value_high": high, "seeds": values}
+        models[column] = {
+            "value": float(np.mean(values)),
+            "value_low": low,
+            "value_high": high,
+            "seeds": values,
+        }
     pairs = []
     for minus, column in itertools.combinations(estimates, 2):
         low, high = interval(means[column] - means[minus])
-        pair = {"model": column, "minus": minus, "difference": models[column]["value"] - models[minus]["value"],
-                "difference_low": low, "difference_high": high}
-        if all(len(set(models[one]["seeds"])) > 1 for one in (column, minus)):
-            _, pair["seeds_low"], pair["seeds_high"] = seed_interval(models[column]["seeds"], models[minus]["seeds"])
+        pair = {
+            "model": column,
+            "minus": minus,
+            "difference": models[column]["value"] - models[minus]["value"],
+            "difference_low": low,
+            "difference_high": high,
+        }
+        seeds, other_seeds = models[column]["seeds"], models[minus]["seeds"]
+        if len(set(seeds)) > 1 and len(set(other_seeds)) > 1:
+            _, pair["seeds_low"], pair["seeds_high"] = seed_interval(seeds, other_seeds)
         pairs.append(pair)
     return {"models": models, "pairs": pairs}
 

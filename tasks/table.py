@@ -53,10 +53,13 @@ def pair_lines(row, columns):
     """For each column that others are compared with, a line of differences over items, and one over seeds."""
     lines = []
     for minus in dict.fromkeys(pair["minus"] for pair in row["pairs"]):
-        pairs = {pair["model"]: pair for pair in row["pairs"] if pair["minus"] == minus}
+        pairs = [pair for pair in row["pairs"] if pair["minus"] == minus]
         for words, key in (("minus", "difference"), ("  over seeds, minus", "seeds")):
-            texts = {column: with_interval(row, pair["difference"], pair[f"{key}_low"], pair[f"{key}_high"], "+")
-                     for column, pair in pairs.items() if f"{key}_low" in pair}
+            texts = {}               # {column: what stands in it}
+            for pair in pairs:
+                if f"{key}_low" in pair:
+                    bounds = pair[f"{key}_low"], pair[f"{key}_high"]
+                    texts[pair["model"]] = with_interval(row, pair["difference"], *bounds, "+")
             if texts:
                 lines.append([f"    {words} {minus}", *(texts.get(column, "") for column in columns)])
     return lines

@@ -223,6 +223,7 @@ def test_compiles_into_one_graph_with_the_same_numbers(objective):
         torch.testing.assert_close(again.grad, logp.grad)
 
 
+@pytest.mark.slow
 def test_imports_alone(tmp_path):
     """bft.py copied into an empty directory needs torch and nothing else, of ours or of others."""
     shutil.copy(ROOT / "bft.py", tmp_path)

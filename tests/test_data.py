@@ -220,6 +220,7 @@ def test_sizes_that_are_compiled_are_few():
     assert all(n <= data.bucket(n, m) for m in range(1, 40) for n in range(200))
 
 
+@pytest.mark.slow
 def test_the_command_shows_samples_and_lengths(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "What?", "response": "That."}, {"prompt": "b", "response": "c"})
     command = [sys.executable, ROOT / "data.py", path, "--tokenizer", ASSETS, "-n", "1"]

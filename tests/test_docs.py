@@ -52,7 +52,7 @@ OTHER_PATHS = re.compile(r"""
 EXTENSIONS = (".py", ".md", ".json", ".jsonl", ".txt", ".png", ".html", ".cff", ".toml", ".yml", ".csv", ".pt", ".sh")
 # Names of other people's code.
 FOREIGN_NAMES = {"bft_loss_func", "dft_loss_func", "apply_chat_template", "num_items_in_batch", "compute_loss_func",
-                 "average_tokens_across_devices", "fully_shard", "state_dict"}
+                 "average_tokens_across_devices", "fully_shard", "state_dict", "GLOO_SOCKET_IFNAME"}
 
 
 class Block(NamedTuple):
@@ -377,6 +377,8 @@ def wrong_lines(tree, lines, scope):
         shown = shown_output(statement, lines)
         if not printed or not shown:
             continue
+        if len(printed) > len(shown):
+            wrong.append(f"prints {len(printed)} lines, and not {len(shown)}")
         for is_printed, is_shown in zip(printed, shown):
             rest = is_shown.removeprefix(is_printed)
             if not is_shown.startswith(is_printed) or re.match(r"[\w.]", rest):
@@ -447,6 +449,16 @@ def test_every_page_of_docs_is_reached_from_readme():
             assert f"({name}" in readme, name
 
 
+def test_the_sizes_of_the_file_map_are_about_right():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\[([\w./]+)\]\([^)]*\) \| ([\d,]+) \|", readme)
+    assert len(rows) >= 5
+    for name, size in rows:
+        files = [ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py")
+        lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        assert lines == pytest.approx(int(size.replace(",", "")), rel=0.15), name
+
+
 @pytest.mark.parametrize("text, check, words", [
     ("[a](nowhere.md)", broken_links, "nowhere.md"),
     ("[a](README.md#no-such-heading)", broken_links, "no-such-heading"),
@@ -465,6 +477,7 @@ def test_every_page_of_docs_is_reached_from_readme():
     ("```python\nprint(0.53651)\n# 0.5365 = 1 - 0.4635\n```", wrong_examples, "0.53651"),
     ("```python\nprint(0.5365)\n# 0.53651\n```", wrong_examples, "0.53651"),
     ("```python\nprint(1 + 1)  # 3\n```", wrong_examples, "prints 2"),
+    ("```python\nprint(1, 2, sep='\\n')\n# 1\n```", wrong_examples, "2 lines"),
 ])
 def test_what_is_wrong_is_found(text, check, words):
     path = ROOT / "page-of-test.md"

@@ -191,7 +191,7 @@ def test_one_rank_and_two_give_the_same(work, tmp_path):
         write(tmp_path / f"{name}.jsonl", [{**rows[i % len(rows)], **change(i)} for i in range(count)])
     write(tmp_path / "odd.jsonl", [{"gene": f"GENE{i}", "label": i % 2} for i in range(100)])
     tasks = ["--tasks", "choice", "choice", "nll", "process", "profile", "--layout", "cloze", "mmlu", "--data", "choice.jsonl", "choice.jsonl",
-             "samples.jsonl", "sets.jsonl", "genes.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "60", "--temperature", "1"]
+             "samples.jsonl", "sets.jsonl", "genes.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "40", "--temperature", "1"]
     saved = []
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}.json"
@@ -327,7 +327,7 @@ def test_a_ruined_model_has_no_scores(tmp_path, monkeypatch, capsys, tokenizer):
 
 def test_what_is_scored_is_kept_when_a_later_model_fails(work, monkeypatch, capsys):
     """Beside --out, which keeps what it had; and it goes when a later run is whole."""
-    argv = ["base", "bft-s0", "bft-s1", "--tasks", "choice", "nll", "--data", "choice.jsonl", "samples.jsonl"]
+    argv = ["base", "bft-s0", "bft-s1", "--tasks", "choice", "nll", "--data", "choice.jsonl", "samples.jsonl", "--limit", "4"]
     whole = evaluate(monkeypatch, work, *argv)
     before = (work / "r.json").read_bytes()
     capsys.readouterr()

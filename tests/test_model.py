@@ -5,14 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import tiny
+from families import ROPE_LLAMA3
+from support import LLAMA, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf
 import model as model_module
 from data import Sample, bucket, collate, deal
-from model import Packing, linear_logprobs
+from model import Packing, linear_logprobs, rope_frequencies
 
 
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new"}
@@ -35,11 +36,21 @@ def packed_logp(model, samples):
     return model(b.input_ids, b.lengths, b.at, b.targets).split(b.offsets.diff().tolist())
 
 
+def test_stretched_frequencies_at_their_three_regimes():
+    c = hf.config_from_dict({**LLAMA, "head_dim": 128, "rope_scaling": {**ROPE_LLAMA3, "rope_theta": 10000.0, "original_max_position_embeddings": 512}})
+    plain = 10000.0 ** -(torch.arange(64) / 64)
+    ratio = plain / rope_frequencies(c, "cpu")
+    turns = 512 * plain / (2 * torch.pi)
+    torch.testing.assert_close(ratio[turns > 4], torch.ones(int((turns > 4).sum())))
+    torch.testing.assert_close(ratio[turns < 1], torch.full((int((turns < 1).sum()),), 8.0))
+    between = ratio[(turns > 1) & (turns < 4)]
+    assert len(between) > 3 and (between.diff() > 0).all() and 1 < between[0] and between[-1] < 8
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing and the head
 
-@pytest.mark.parametrize("family", [{}, QWEN3, GPT2],
-                         ids=["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", [{}, QWEN3, GPT2], ids=["llama", "qwen3", "gpt2"])
 def test_packed_log_probs_equal_those_of_each_sample_alone(family):
     model, samples = tiny(**family), random_samples(9)
     with torch.no_grad():
@@ -320,7 +331,7 @@ def test_generation_stops_and_leaves_its_neighbours_alone():
 
 
 def test_drawn_tokens_follow_their_probabilities_and_their_seed():
-    model, n = tiny(std=0.3), 4000
+    model, n = tiny(std=0.3), 2000
     with torch.no_grad():
         assert torch.equal(model.generate([[5, 6]], 5, temperature=1e-300)[0], model.generate([[5, 6]], 5)[0])   # greedy is the limit
         for temperature in (0.7, 1.5):

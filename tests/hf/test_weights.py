@@ -16,15 +16,6 @@ from runtime.files import load_safetensors, save_safetensors
 from runtime.process import UserError
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For models so small, several threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_greedy_ids_equal_transformers(tmp_path, family):
@@ -139,22 +130,14 @@ print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama-biases", "mistral", "qwen2", "qwen3"])
-def test_adapters_begin_at_nothing_and_merge_exactly(tmp_path, family):
+def test_merged_adapters_are_what_transformers_reads(tmp_path, family):
     theirs_of(family).save_pretrained(tmp_path)
     model = hf.load_model(tmp_path)
     model.add_lora(3, 12.0)
     base_ids = torch.randint(97, (2, 30))
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    linear = 6 if family == "gpt2" else 7                                 # in each of 3 blocks, every one of them
-    assert len(names) == 2 * 3 * linear and all(".lora_" in name for name in names)
-    with torch.no_grad():
-        torch.testing.assert_close(model(base_ids), hf.load_model(tmp_path)(base_ids))
-        for name in names:
-            torch.nn.init.normal_(model.get_parameter(name), std=0.1)
-        q = model.layers[1].self_attn.q_proj                              # the definition, by hand
-        x = torch.randn(5, q.in_features)
-        delta = 12.0 / 3 * q.lora_b @ q.lora_a
-        torch.testing.assert_close(q(x), torch.nn.functional.linear(x, q.weight + delta, q.bias))
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(p, std=0.1)
     hf.save_model(model, tmp_path / "merged")
     with torch.no_grad():
         logits = model(base_ids)
