@@ -20,7 +20,8 @@ its place:
               directory of `python train.py` its frontiers and its gradients
 
 Models are columns; where lines carry a `group`, each group is a row. Differences are those of each pair of columns,
-over the same items, with a paired bootstrap 95% interval, and over seeds where there are several.
+over the same items, with a paired bootstrap 95% interval, and over seeds where there are several. While models are
+asked, results.unfinished.json has what is scored so far; it stays there if one of them fails.
 """
 
 import glob

@@ -76,7 +76,7 @@ def analyse(results):
     equal_accuracy   what `read_off` returns at equal novel accuracy, and "level"; None if not all rise above the base
     equal_rate       what `read_off` returns at the middle learning rate
     gradient         what `analyse_gradient` returns
-    predictions      [(Prediction, {objective: Outcome})]; empty with fewer than three seeds, or without sft
+    predictions      [(Prediction, {objective: Judged})]; empty with fewer than three seeds, or without sft
     """
     names = sorted(results["objectives"], key=lambda name: name != "sft")
     curves = rate_curves(results)
@@ -96,7 +96,7 @@ def analyse(results):
     }
     analysis["equal_accuracy"] = at_equal_accuracy(results, curves, analysis)
     analysis["equal_rate"] = at_equal_rate(results, curves, analysis)
-    analysis["predictions"] = judge(curves, analysis)
+    analysis["predictions"] = judge_all(curves, analysis)
     return analysis
 
 
@@ -152,9 +152,9 @@ def along(path, position):
 # ---------------------------------------------------------------------------------------------------------------------
 # Frontiers: what is followed and lost, against what is learnt
 
-class Gap(NamedTuple):
-    estimate: Estimate      # more (or less, if negative) than the reference, at equal height
-    verdict: str            # "no gap", "cannot tell", "better" or "worse"
+class Judged(NamedTuple):
+    estimate: Estimate      # more (or less, if negative) than the reference
+    verdict: str            # as `judge_gap` or `judge_prediction` has it
 
 
 class Comparison(NamedTuple):
@@ -162,8 +162,8 @@ class Comparison(NamedTuple):
 
     start: float            # the heights that were compared: from the base ...
     end: float              # ... to here, means over seeds
-    followed: Gap
-    lost: Gap
+    followed: Judged
+    lost: Judged
 
 
 def compare_frontiers(curves, names, key):
@@ -201,7 +201,7 @@ def frontier_gap(x, y, other_x, other_y):
 
 
 def judge_gap(gaps):
-    """Gap of those of each seed. Two seeds are too few for a verdict."""
+    """From those of each seed: "no gap", "cannot tell", "better" or "worse". Two seeds are too few for a verdict."""
     estimate = estimate_over_seeds(gaps)
     if math.isnan(estimate.mean):
         verdict = "no gap"
@@ -211,7 +211,7 @@ def judge_gap(gaps):
         verdict = "better"
     else:
         verdict = "worse"
-    return Gap(estimate, verdict)
+    return Judged(estimate, verdict)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,44 +290,33 @@ def estimate_over_items(mean, curves, position):
 # ---------------------------------------------------------------------------------------------------------------------
 # What became of the predictions
 
-class Outcome(NamedTuple):
-    estimate: Estimate      # minus sft
-    verdict: str            # "no gap", "held", "failed" or "open"
-
-
-def judge(curves, analysis):
+def judge_all(curves, analysis):
     names = analysis["objectives"]
     if len(analysis["seeds"]) < 3 or names[0] != "sft":
         return []
     judged = []
     for prediction in PREDICTIONS:
-        outcomes = {}
-        for name in prediction.objectives:
-            if name in names:
-                estimate = difference(curves, analysis, name, prediction)
-                outcomes[name] = Outcome(estimate, verdict_on(prediction, estimate))
-        judged.append((prediction, outcomes))
+        trained = [name for name in prediction.objectives if name in names]
+        judged.append((prediction, {name: judge_prediction(prediction, name, curves, analysis) for name in trained}))
     return judged
 
 
-def difference(curves, analysis, name, prediction):
+def judge_prediction(prediction, name, curves, analysis):
+    """"held", "failed", "open" (the interval allows both) or "no gap"."""
     if prediction.where == "frontier":
-        return analysis["frontiers"][NOVEL]["comparisons"][name].followed.estimate
-    more = curves[name][prediction.key] - curves["sft"][prediction.key]   # (seeds, 1 + rates)
-    return estimate_over_seeds(more[:, 1:].mean(1))
-
-
-def verdict_on(prediction, estimate):
-    """"open" where the interval allows both."""
+        estimate = analysis["frontiers"][NOVEL]["comparisons"][name].followed.estimate
+    else:
+        more = curves[name][prediction.key] - curves["sft"][prediction.key]   # (seeds, 1 + rates)
+        estimate = estimate_over_seeds(more[:, 1:].mean(1))
     mean, low, high = estimate
-    if math.isnan(mean):
-        return "no gap"
     if prediction.near:
         held = -0.05 < low and high < 0.05
         failed = low > 0.05 or high < -0.05
     else:
         held = high < 0
         failed = low > 0
+    if math.isnan(mean):
+        return Judged(estimate, "no gap")
     if held:
-        return "held"
-    return "failed" if failed else "open"
+        return Judged(estimate, "held")
+    return Judged(estimate, "failed" if failed else "open")

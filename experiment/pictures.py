@@ -111,7 +111,8 @@ def draw_frontier(plt, results):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False,
                   title="From the base through\nlearning rates\n" + ",\n".join(lines))
     seeds = len(results["seeds"])
-    figure.suptitle(f"Further right and further down is better. Means over seeds ({seeds}); small marks are seeds")
+    shown = f"Means over {seeds} seeds; small marks are seeds" if seeds > 1 else "One seed"
+    figure.suptitle(f"Further right and further down is better. {shown}")
     return figure
 
 

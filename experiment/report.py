@@ -2,8 +2,9 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
-from experiment.findings import FOLLOWED, LOST, NLLS, NOVEL, NOVEL_NLL, PREDICTIONS, SHARES
+from experiment.findings import FOLLOWED, HELD_OUT, LOST, NLLS, NOVEL, NOVEL_NLL, PREDICTIONS, SHARES
 
 
 INTRODUCTION = """\
@@ -36,25 +37,18 @@ def number(value, digits, sign=""):
     return f"{rounded:{sign}.{digits}f}"
 
 
-def with_interval(estimate, scale, digits, sign=""):
-    """"46 [36,56]"; without brackets where there is no interval, "-" where there is no value."""
-    if math.isnan(estimate.mean):
+def with_interval(estimate, scale, digits, sign="", half=False):
+    """A cell, "46 [36,56]". half: "46 ±10", for an interval with the mean in its middle. "46" where there is no interval,
+    "-" where there is no value."""
+    mean, low, high = (value * scale for value in estimate)
+    if math.isnan(mean):
         return "-"
-    text = number(estimate.mean * scale, digits, sign)
-    if math.isinf(estimate.low):
+    text = number(mean, digits, sign)
+    if math.isinf(low):
         return text
-    return f"{text} [{number(estimate.low * scale, digits)},{number(estimate.high * scale, digits)}]"
-
-
-def with_half(estimate, scale, digits, sign=""):
-    """"1.77 ±0.12", for an interval with the mean in its middle: shorter than brackets."""
-    if math.isnan(estimate.mean):
-        return "-"
-    text = number(estimate.mean * scale, digits, sign)
-    if math.isinf(estimate.low):
-        return text
-    half = (estimate.high - estimate.low) / 2
-    return f"{text} ±{number(half * scale, digits)}"
+    if half:
+        return f"{text} ±{number((high - low) / 2, digits)}"
+    return f"{text} [{number(low, digits)},{number(high, digits)}]"
 
 
 def columns(cells, width):
@@ -197,33 +191,45 @@ def render_frontiers(analysis, key):
     return lines
 
 
+class Block(NamedTuple):
+    """Columns of numbers of one kind."""
+
+    title: str
+    keys: tuple
+    scale: int
+    digits: int
+    width: int
+    half: bool          # whether the intervals have the mean in their middle
+
+
+BLOCKS = (Block("Right answer picked, %; wrong label: the planted one picked, %", SHARES, 100, 0, 14, half=False),
+          Block("NLL of the right answer, nats per token", NLLS, 1, 2, 16, half=True))
+
+
 def render_strata(analysis, place):
-    """What `findings.read_off` found at one place of the curves: shares, then NLLs, under each the differences."""
+    """What `findings.read_off` found at one place of the curves: scores, and under them the differences."""
     wide = label_width(analysis)
-    headings = ["known", "weak", "novel", "planted", "wrong label", "held-out known", "held-out weak"]
-    lines = ["Right answer picked, %; wrong label: the planted one picked, %",
-             " " * wide + "lr".rjust(8) + columns(headings, 14)]
-    for name, scores in place["scores"].items():
-        cells = [with_interval(scores[key], 100, 0) for key in SHARES]
-        lines.append(f"{name.ljust(wide)}{place['lr'][name]:8.2g}" + columns(cells, 14))
-    lines += render_differences(analysis, place, SHARES, 100, 0, 14)
-    headings.remove("wrong label")
-    lines += ["NLL of the right answer, nats per token", " " * wide + "lr".rjust(8) + columns(headings, 16)]
-    for name, scores in place["scores"].items():
-        cells = [with_half(scores[key], 1, 2) for key in NLLS]
-        lines.append(f"{name.ljust(wide)}{place['lr'][name]:8.2g}" + columns(cells, 16))
-    return lines + render_differences(analysis, place, NLLS, 1, 2, 16)
-
-
-def render_differences(analysis, place, keys, scale, digits, width):
-    if len(analysis["seeds"]) == 1:
-        return []
     lines = []
-    for name, differences in place["differences"].items():
-        cells = [with_half(differences[key], scale, digits, "+") for key in keys]
-        label = f"{name} - {analysis['objectives'][0]}"
-        lines.append(label.ljust(label_width(analysis) + 8) + columns(cells, width))
+    for block in BLOCKS:
+        headings = columns(map(heading_of, block.keys), block.width)
+        lines += [block.title, " " * wide + "lr".rjust(8) + headings]
+        for name, scores in place["scores"].items():
+            cells = [with_interval(scores[key], block.scale, block.digits, half=block.half) for key in block.keys]
+            lines.append(f"{name.ljust(wide)}{place['lr'][name]:8.2g}" + columns(cells, block.width))
+        if len(analysis["seeds"]) == 1:
+            continue
+        for name, differences in place["differences"].items():
+            cells = [with_interval(differences[key], block.scale, block.digits, "+", half=True) for key in block.keys]
+            label = f"{name} - {analysis['objectives'][0]}"
+            lines.append(label.ljust(wide + 8) + columns(cells, block.width))
     return lines
+
+
+def heading_of(key):
+    if key == FOLLOWED:
+        return "wrong label"
+    stratum, _ = key
+    return f"held-out {stratum.split(',')[0]}" if stratum in HELD_OUT else stratum
 
 
 def render_gradient(gradient):

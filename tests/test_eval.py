@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from support import ASSETS, ROOT, save_with_tokenizer, torchrun
 import eval as evaluation
 import hf
 from runtime.process import UserError, run
-from tasks import statistics
+from tasks import Answers, items_of, statistics
 from tasks.choice import choice_items, load_choice
 from tasks.statistics import bootstrap, interval, seed_interval
 
@@ -54,6 +55,26 @@ def test_every_task_is_a_file_with_the_same_verbs():
     for name, task in evaluation.TASKS.items():
         assert task.__name__ == f"tasks.{name}" and f"\n    {name} " in evaluation.__doc__
         assert all(callable(getattr(task, verb)) for verb in ("add_flags", "check_flags", "read", "ask", "finish", "rows"))
+
+
+def test_a_new_task_is_a_file_and_an_entry(work, monkeypatch, capsys):
+    """A task that counts letters: its flag, its file, its row, from the command to the table."""
+    task = types.SimpleNamespace(
+        add_flags=lambda parser: parser.add_argument("--letter", default="a"),
+        check_flags=lambda args: None,
+        read=lambda file, number, evaluation: [{"line": i, "group": None, "text": text} for i, text in enumerate(open(file))],
+        ask=lambda questions, model, opened, evaluation: Answers([{**q, "letters": q["text"].count(evaluation.args.letter)} for q in questions]),
+        finish=lambda questions, answers, evaluation: {"letter": evaluation.args.letter},
+        rows=lambda questions, answers, details, evaluation: (f"letters: {details['letter']}", statistics.summarise(
+            [statistics.Measure("letters", "letters", statistics.MEAN)], items_of(answers, evaluation.columns))))
+    monkeypatch.setitem(evaluation.TASKS, "letters", task)
+    (work / "poem.txt").write_text("tiger, tiger,\nburning bright\n")
+    found, = evaluate(monkeypatch, work, "base", "bft-s0", "--tasks", "letters", "--data", "poem.txt", "--letter", "t")
+    assert (found["task"], found["data"], found["letter"]) == ("letters", "poem.txt", "t")
+    assert find_row(found, "letters")["models"]["base"]["value"] == 1.5 and len(find_row(found, "letters")["pairs"]) == 1
+    assert re.search(r"letters: t\n.*\nall \(2\)  letters  1\.500 \[", capsys.readouterr().out)
+    assert call(monkeypatch, "base", "--prompt", "x", "--letter", "t") == 2
+    assert "--letter is of letters alone; expected that in --tasks" in capsys.readouterr().err
 
 
 def test_the_command_prints_one_table_and_saves_every_item(tmp_path, monkeypatch, capsys, tokenizer):

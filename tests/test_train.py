@@ -379,8 +379,12 @@ def test_when_steps_are_looked_at_changes_nothing(tmp_path, monkeypatch, data_fi
     for every in (1, 3, 100):
         assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 8, "--batch-size", 16, "--micro-tokens", 300, "--log-every",
                     every, "--out", tmp_path / str(every)) == 0
-        shown = [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("bft step")]
-        assert shown == [f"{step}/8" for step in range(1, 9) if step in (1, 8) or step % every == 0]
+        shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("bft step")]
+        steps = [step for step in range(1, 9) if step in (1, 8) or step % every == 0]
+        assert [words[2] for words in shown] == [f"{step}/8" for step in steps]
+        lines = metrics(tmp_path / str(every))
+        for step, words in zip(steps, shown):                             # small as it is under a loss that weighs by p
+            assert float(words[words.index("|g|") + 1]) == pytest.approx(lines[step - 1]["grad_norm"], rel=0.01)
         assert metrics(tmp_path / str(every)) == metrics(tmp_path / "1")
     rates = [x["tokens_per_s"] for x in metrics(tmp_path / "3", timings=True)]
     assert rates[1] == rates[2] != rates[3] == rates[5] != rates[6]       # of the steps between two lines together

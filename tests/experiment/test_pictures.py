@@ -67,6 +67,7 @@ def test_frontiers(plt, results):
     assert left["bft"].get_xydata().tolist() == pytest.approx(np.array([[25, 0], [40, 10], [60, 15]]))
     assert left["sft"].get_xydata().tolist() == pytest.approx(np.array([[25, 0], [50, 35], [75, 65]]))
     assert right["bft"].get_xydata().tolist() == [[25, 0], [40, 100], [60, 100]]
+    assert "Means over 3 seeds" in figure.get_suptitle()
     assert left["base"].get_xydata().tolist() == [[25, 0]]
     assert left["sft"].get_color() == "#000000" and left["bft"].get_color() == "#D55E00" and left["bft"].get_marker() == "s"
     seeds = figure.axes[0].collections[list(left).index("bft")].get_offsets()
@@ -112,13 +113,16 @@ def test_files(folder, results, monkeypatch):
 
     def note(plt, logs):
         drawn.append(list(logs))
-        return draw_curves(plt, logs)
+        return plt.figure()
 
     monkeypatch.setattr(pictures, "draw_curves", note)
     plot(["x", "y"], "look.json")
     assert drawn == [["x/dft", "x/sft", "y/bft"]]
+    # Of two jobs, each has its number. (Empty figures are drawn faster.)
     (folder / "other").mkdir()
     (folder / "other" / "results.json").write_text(json.dumps(results))
+    for name in ("draw_frontier", "draw_gradient"):
+        monkeypatch.setattr(pictures, name, lambda plt, measured: plt.figure())
     two = plot(["job", f"../{folder.name}/other"], "two")
     assert sorted(path.name for path in two) == ["two-1-frontier.png", "two-1-gradient.png", "two-2-frontier.png", "two-2-gradient.png"]
 

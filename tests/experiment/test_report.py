@@ -8,7 +8,7 @@ from made_up_results import make_random_results, make_results, make_simple_resul
 from test_findings import BY_HAND, FOLLOWED_BY_HAND, NAMES, gaps_by_hand
 
 from experiment.findings import FOLLOWED, LOST, NLLS, NOVEL, NOVEL_NLL, PREDICTIONS, SHARES, STRATA, Estimate, analyse
-from experiment.report import introduce, number, render, summarise, with_half, with_interval
+from experiment.report import introduce, number, render, summarise, with_interval
 from tasks.statistics import seed_interval
 
 
@@ -34,9 +34,9 @@ def test_numbers():
     assert number(-0.001, 2) == "0.00" and number(-0.001, 0, "+") == "+0" and number(1.256, 2) == "1.26"
     assert with_interval(Estimate(0.5, 0.25, 0.755), 100, 0) == "50 [25,76]"
     assert with_interval(Estimate(0.5, -np.inf, np.inf), 100, 0, "+") == "+50"
-    assert with_interval(Estimate(np.nan, np.nan, np.nan), 100, 0) == "-" == with_half(Estimate(np.nan, np.nan, np.nan), 1, 2)
-    assert with_half(Estimate(-0.5, -0.75, -0.25), 1, 2, "+") == "-0.50 ±0.25"
-    assert with_half(Estimate(1.5, -np.inf, np.inf), 1, 2) == "1.50"
+    assert with_interval(Estimate(np.nan, np.nan, np.nan), 100, 0) == "-"
+    assert with_interval(Estimate(-0.5, -0.75, -0.25), 1, 2, "+", half=True) == "-0.50 ±0.25"
+    assert with_interval(Estimate(1.5, -np.inf, np.inf), 1, 2, half=True) == "1.50"
 
 
 def test_verdicts_in_words():
@@ -102,6 +102,8 @@ def test_every_cell_is_where_its_heading_says():
             for k, name in enumerate(NAMES[1:]):
                 line = block[first + len(names) + k]
                 assert line.startswith(f"{name} - sft") and len(cells(line)) == len(keys)
+                signs = re.findall(r"([+-])[\d.]+ ±", line)              # zero, too, is shown as a difference
+                assert len(signs) == len(keys)
                 for key, cell in zip(keys, cells(line)):
                     close(cell, place["differences"][name][key], scale, digits)
     lost = analysis["frontiers"][NOVEL_NLL]["comparisons"]["bft"].lost.estimate
