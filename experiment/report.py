@@ -38,8 +38,8 @@ def number(value, digits, sign=""):
 
 
 def with_interval(estimate, scale, digits, sign="", half=False):
-    """A cell, "46 [36,56]". half: "46 ±10", for an interval with the mean in its middle. "46" where there is no interval,
-    "-" where there is no value."""
+    """A cell: "46 [36,56]"; with half "46 ±10", for an interval with the mean in its middle; "46" where there is no
+    interval, "-" where there is no value."""
     mean, low, high = (value * scale for value in estimate)
     if math.isnan(mean):
         return "-"

@@ -10,7 +10,10 @@ from support import ASSETS, ROOT
 
 from data import load_samples
 from hf import load_tokenizer
-from prepare import go_facts
+
+
+sys.path.insert(0, str(ROOT / "prepare"))
+import go_facts  # noqa: E402
 
 
 def rows(name):

@@ -47,6 +47,7 @@ def picked(scores, answer):
 
 def test_choice_equals_a_direct_calculation(tokenizer):
     model, items = small(tokenizer, 0), load_choice(ASSETS / "choice.jsonl")[::20]
+    items += [{"line": 0, "group": None, "question": "Größe?", "choices": choices, "answer": answer} for choices, answer in PIECES]
     items = [*items, {"line": 0, "group": None, "question": "Which?", "choices": ["a", "bb ccc", "Größe", "d"], "answer": 2, "context": "Context.",
                       "planted": 0}]
     records = choice_items(model, tokenizer, items)
@@ -63,6 +64,8 @@ def test_choice_equals_a_direct_calculation(tokenizer):
         assert record["acc_norm"] == picked([v / len(c) for v, c in zip(logliks, item["choices"])], answer)
         assert record["acc_bytes"] == picked([v / len(c.encode()) for v, c in zip(logliks, item["choices"])], answer)
         assert record["nll"] == pytest.approx(-logliks[answer] / tokens[answer], abs=1e-5)
+    assert any(record["acc_norm"] != record["acc_bytes"] for record in records)
+    assert any(record["acc"] != record["acc_norm"] for record in records)
     assert "followed" not in records[0] and records[-1]["followed"] == int(np.argmax(records[-1]["loglik"]) == 0)
     assert records[-1]["planted_nll"] == pytest.approx(-logliks[0] / tokens[0], abs=1e-5) and logliks[0] != logliks[2]
 
