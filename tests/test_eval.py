@@ -202,7 +202,7 @@ def test_layouts_chat_and_limit_reach_the_scores(work, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_one_rank_and_two_give_the_same(work, tmp_path):
+def test_one_rank_and_two_give_the_same(work, tmp_path, monkeypatch, capsys):
     """Files large enough for several micro-batches: both ranks have work in every task."""
     filler = " filler words" * 40
     changes = {"choice": (80, lambda i: {"context": f"{i}{filler}"}), "samples": (120, lambda i: {"prompt": f"{i}{filler}"}),
@@ -212,14 +212,15 @@ def test_one_rank_and_two_give_the_same(work, tmp_path):
         write(tmp_path / f"{name}.jsonl", [{**rows[i % len(rows)], **change(i)} for i in range(count)])
     write(tmp_path / "odd.jsonl", [{"gene": f"GENE{i}", "label": i % 2} for i in range(100)])
     tasks = ["--tasks", "choice", "choice", "nll", "process", "profile", "--layout", "cloze", "mmlu", "--data", "choice.jsonl", "choice.jsonl",
-             "samples.jsonl", "sets.jsonl", "genes.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "40", "--temperature", "1"]
-    saved = []
-    for ranks in (1, 2):
-        out = tmp_path / f"{ranks}.json"
-        done = torchrun(ranks, ROOT / "eval.py", work / "base", work / "bft-s0", *tasks, "--prompt", "Why?", "--out", out, "--device", "cpu", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(f"--- {work / 'base'} (chatml)") == done.stdout.count("per-item scores") == 1
-        saved.append(json.loads(out.read_text())["tasks"])
+             "samples.jsonl", "sets.jsonl", "genes.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "30", "--temperature", "1"]
+    argv = [work / "base", work / "bft-s0", *tasks, "--prompt", "Why?", "--device", "cpu", "--out"]
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *argv, "1.json") == 0
+    done = torchrun(2, ROOT / "eval.py", *argv, "2.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for out in (capsys.readouterr().out, done.stdout):
+        assert out.count(f"--- {work / 'base'} (chatml)") == out.count("per-item scores") == 1
+    saved = [json.loads((tmp_path / f"{ranks}.json").read_text())["tasks"] for ranks in (1, 2)]
     compared = 0
     for one, two in zip(*saved, strict=True):
         for path, items in one["items"].items():

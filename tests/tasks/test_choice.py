@@ -47,7 +47,8 @@ def picked(scores, answer):
 
 def test_choice_equals_a_direct_calculation(tokenizer):
     model, items = small(tokenizer, 0), load_choice(ASSETS / "choice.jsonl")[::20]
-    items += [{"line": 0, "group": None, "question": "Größe?", "choices": choices, "answer": answer} for choices, answer in PIECES]
+    for choices, answer in [*PIECES, (["ß", "a"], 0), (["é", "q"], 0), (["日", "#"], 0), (["β", "Q!"], 0)]:
+        items.append({"line": 0, "group": None, "question": "Größe?", "choices": choices, "answer": answer})
     items = [*items, {"line": 0, "group": None, "question": "Which?", "choices": ["a", "bb ccc", "Größe", "d"], "answer": 2, "context": "Context.",
                       "planted": 0}]
     records = choice_items(model, tokenizer, items)
