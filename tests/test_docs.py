@@ -37,7 +37,7 @@ FOREIGN_FLAGS = {
     "torchrun": {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts", "--standalone",
                  "--shutdown-timeout"},
     "pip": {"--user", "-r", "-e", "-q", "-U"},
-    "pytest": {"--durations", "-m", "-q", "-k", "-x", "-rs", "-p"},
+    "pytest": {"--durations", "--dist", "-n", "-m", "-q", "-k", "-x", "-rs", "-p"},
     "git": {"--depth", "-C"},
     "ruff": {"--fix"},
 }
