@@ -110,7 +110,8 @@ def test_what_the_default_job_goes_over():
     def grid(*argv):
         return train.parse_settings(list(map(str, argv)))[1]
 
-    assert grid() == ([0], list(job.LEARNING_RATES)) and len(job.LEARNING_RATES) >= 4
+    assert grid() == ([0], list(job.FIRST_LOOK)) and len(job.FIRST_LOOK) >= 3
+    assert grid("--seeds", 0, 1) == ([0, 1], list(job.LEARNING_RATES)) and len(job.LEARNING_RATES) >= 4
     assert grid("--seed", 4, "--lr", 1e-3) == ([4], [1e-3]) and grid("--lrs", 1) == ([0], [1])
     assert grid("--seeds", 3, 1, 3, "--lrs", 0.5, 0.1) == ([1, 3], [0.1, 0.5])
     assert train.parse_settings([])[0].group_size == 16                   # it has defaults of its own
