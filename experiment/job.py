@@ -44,7 +44,7 @@ ASSETS = CHECKOUT / "assets"
 
 SEEDS = (0,)
 LEARNING_RATES = (2e-4, 1e-3, 2e-3, 4e-3)
-# One seed leaves out the lowest rate, at which hardly anything is learnt: it is a first look, of two minutes.
+# One seed leaves out the lowest rate, at which hardly anything is learnt: it is a first look.
 FIRST_LOOK = LEARNING_RATES[1:]
 
 # What differs from the defaults of train.Settings. Responses have about 45 tokens, so that the paper's groups of 256
