@@ -13,6 +13,7 @@ Bases are kept in runs/base-*, for the next time.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from data import load_samples, read_jsonl
 from experiment.findings import FOLLOWED, NOVEL, analyse
@@ -36,6 +38,7 @@ from runtime.device import compute_dtype
 from runtime.files import write_whole
 from runtime.process import UserError
 from runtime.run_directory import ROUNDING, WITHOUT_EFFECT, check_out
+from runtime.workers import map_in_workers
 from tasks.choice import choice_items, load_choice
 
 
@@ -76,6 +79,9 @@ SHARED_WITH_BASE = ("dtype", "device", "compile", "recompute", "micro_tokens", "
 
 # Where a batch has one sample, these do what another one does: no gradient of theirs is measured.
 SAME_IN_A_SAMPLE = ("sft-sample", "bft-token", "bft-tokavg")
+
+# Each holds some 0.3 GB, most of it torch itself.
+MOST_WORKERS = 8
 
 OURS = re.compile(r"seed-\d+|table\.txt|results\.json|.*\.(png|tmp)")
 
@@ -121,18 +127,13 @@ def run_job(settings, seeds, learning_rates, ranks, train, describe_run, check_m
     plans = [job.plan(seed, learning_rates) for seed in seeds]
     ranks.print(introduce(settings.objective, seeds, learning_rates))
 
+    ranks.print("\nA base learns the facts of the known genes, one for each seed. It is kept for the next time.")
+    bases = list(job.train_all([plan.base for plan in plans]))
+    gradient = job.measure_gradient(plans[0])
+    trained = job.train_all([training for plan in plans for training in plan.trainings])
     models = []
-    gradient = None
-    for plan in plans:
-        ranks.print(f"\nSeed {plan.seed}: a base learns the facts of the known genes. It is kept for the next time.")
-        base_directory = job.train(plan.base, functools.partial(GPT, job.model_config), job.texts)
-        base = job.load(base_directory)
-        models.append(job.ask(base, "base", 0, plan))
-        if gradient is None:
-            gradient = job.measure_gradient(base, plan.samples[::3])
-        for training in plan.trainings:
-            directory = job.fine_tune(training, base_directory, plan.samples)
-            models.append(job.ask(job.load(directory), training.objective, training.settings.lr, plan))
+    for base, plan in zip(bases, plans):
+        models += [base, *itertools.islice(trained, len(plan.trainings))]
     if ranks.rank == 0:
         results = {"objectives": settings.objective, "seeds": seeds, "lrs": learning_rates, "models": models,
                    "gradient": gradient}
@@ -158,15 +159,15 @@ class Training(NamedTuple):
     objective: str
     out: Path
     config: dict                # its config.json
+    start: Path | None          # directory of the model that it starts from; None: random weights
+    samples: list               # data.Sample
+    questions: list             # choice objects, wrong labels marked; what its model is asked
 
 
 class Plan(NamedTuple):
     """A seed: its base, and what is trained from that."""
 
-    seed: int
     base: Training
-    samples: list               # data.Sample for fine-tuning, wrong labels among them
-    questions: list             # choice objects, wrong labels marked
     trainings: list
 
 
@@ -175,7 +176,12 @@ class Job:
 
     def __init__(self, settings, ranks, train, describe_run):
         self.settings, self.ranks = settings, ranks
-        self.train_run, self.describe_run = train, describe_run
+        self.train, self.describe_run = train, describe_run
+        self.workers = 1
+        if ranks.device.type == "cpu" and ranks.world == 1:
+            # Models this small are trained fastest on a core each. (Of several ranks each has its share of the cores.)
+            self.workers = min(torch.get_num_threads(), MOST_WORKERS)
+            torch.set_num_threads(1)
         self.dtype = compute_dtype(settings.dtype, ranks.device)
         self.tokenizer = load_tokenizer(ASSETS)
         self.beside_model = files_beside_model(self.tokenizer, [self.tokenizer.eos_id], {})
@@ -192,8 +198,8 @@ class Job:
 
     def plan(self, seed, learning_rates):
         """What is trained for a seed. Raises UserError if a directory is not ours to write to."""
-        base = self.plan_base(seed)
         rows, questions = plant(self.rows, self.questions, seed)
+        base = self.plan_base(seed, questions)
         samples, _ = load_samples(ASSETS / "finetune.jsonl", self.tokenizer, rows=rows)
         files = {"data": [ASSETS / "finetune.jsonl"], "choice": [ASSETS / "choice.jsonl"],
                  "tokenizer": [ASSETS / "tokenizer.json"]}
@@ -205,10 +211,10 @@ class Job:
                 out = Path(settings.out) / f"seed-{seed}" / f"lr-{lr}" / objective
                 config = self.describe_run(settings, objective, files, samples, self.ranks)
                 check_out(out, config, settings.resume)
-                trainings.append(Training(settings, objective, out, config))
-        return Plan(seed, base, samples, questions, trainings)
+                trainings.append(Training(settings, objective, out, config, base.out / "model", samples, questions))
+        return Plan(base, trainings)
 
-    def plan_base(self, seed):
+    def plan_base(self, seed, questions):
         shared = {name: getattr(self.settings, name) for name in SHARED_WITH_BASE}
         settings = type(self.settings)(**BASE, **shared, seed=seed)
         files = {"data": [ASSETS / "pretrain.jsonl"], "tokenizer": [ASSETS / "tokenizer.json"]}
@@ -219,45 +225,46 @@ class Job:
         key = json.dumps([matters, config["sha256"], read_code()])
         out = Path("runs") / f"base-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         check_out(out, config, resume=True)
-        return Training(settings, "sft", out, config)
+        return Training(settings, "sft", out, config, None, self.texts, questions)
 
-    # One training, and what its model believes
+    # The trainings, and what their models believe
 
-    def train(self, training, make_model, samples):
-        """Returns the directory of the model."""
-        return self.train_run(training.settings, training.objective, training.out, training.config, make_model, samples,
-                              [], self.beside_model, self.ranks)
+    def train_all(self, trainings):
+        """Yields the entry of each training in results.json, and prints a line of it."""
+        for entry in map_in_workers(self.train_and_ask, trainings, self.workers):
+            novel, wrong = (np.mean([item[measure] for item in entry["items"] if item["group"] == stratum])
+                            for stratum, measure in (NOVEL, FOLLOWED))
+            label = f"lr {entry['lr']:g}  {entry['objective']}" if entry["lr"] else entry["objective"]
+            self.ranks.print(f"seed {entry['seed']}  {label:22s}  novel facts right {novel:4.0%}  "
+                             f"wrong labels followed {wrong:4.0%}")
+            yield entry
 
-    def fine_tune(self, training, base_directory, samples):
-        self.ranks.quiet = True
-        directory = self.train(training, functools.partial(load_weights, base_directory), samples)
-        self.ranks.quiet = False
-        if self.ranks.rank == 0:
+    def train_and_ask(self, training):
+        settings, is_base = training.settings, training.start is None
+        make_model = functools.partial(GPT, self.model_config)
+        if not is_base:
+            make_model = functools.partial(load_weights, training.start)
+        self.ranks.quiet = not is_base
+        directory = self.train(settings, training.objective, training.out, training.config, make_model,
+                               training.samples, [], self.beside_model, self.ranks)
+        if not is_base and self.ranks.rank == 0:
             # It is finished, and the checkpoints of so many would fill a disk.
             shutil.rmtree(training.out / "checkpoint", ignore_errors=True)
-        return directory
+        kept = ("line", "group", "acc", "nll", "followed", "planted_nll")
+        items = [{key: answer[key] for key in kept if key in answer}
+                 for answer in choice_items(self.load(directory), self.tokenizer, training.questions, self.dtype)]
+        return {"objective": "base" if is_base else training.objective, "seed": settings.seed,
+                "lr": 0 if is_base else settings.lr, "items": items}
 
     def load(self, directory):
         return load_weights(directory).cast(self.dtype).to(self.ranks.device)
 
-    def ask(self, model, objective, lr, plan):
-        """The model's entry in results.json. lr: 0 for the base."""
-        kept = ("line", "group", "acc", "nll", "followed", "planted_nll")
-        items = []
-        for answer in choice_items(model, self.tokenizer, plan.questions, self.dtype):
-            items.append({key: answer[key] for key in kept if key in answer})
-        novel, wrong = (np.mean([item[measure] for item in items if item["group"] == stratum])
-                        for stratum, measure in (NOVEL, FOLLOWED))
-        label = f"lr {lr:g}  {objective}" if lr else objective
-        self.ranks.print(f"seed {plan.seed}  {label:22s}  novel facts right {novel:4.0%}  "
-                         f"wrong labels followed {wrong:4.0%}")
-        return {"objective": objective, "seed": plan.seed, "lr": lr, "items": items}
-
-    def measure_gradient(self, base, samples):
-        """What sft, dft and the job's objectives do to each token."""
+    def measure_gradient(self, plan):
+        """What sft, dft and the job's objectives do to each token, in the base of this plan."""
         names = dict.fromkeys(("sft", "dft", *self.settings.objective))
         names = [name for name in names if name not in SAME_IN_A_SAMPLE]
-        return gradient_items(base, samples, names, self.settings.group_size, self.dtype)
+        first = plan.trainings[0]
+        return gradient_items(self.load(first.start), first.samples[::3], names, self.settings.group_size, self.dtype)
 
 
 def read_code():

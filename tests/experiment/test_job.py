@@ -3,7 +3,11 @@
 import itertools
 import json
 import math
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from support import ASSETS, ROOT, call, metrics
@@ -71,7 +75,8 @@ def test_the_default_job_end_to_end(in_a_folder, monkeypatch, capsys):
     assert first[0][0]["nll"] != first[5][0]["nll"]
     rows, items = list(read_jsonl(ASSETS / "finetune.jsonl")), load_choice(ASSETS / "choice.jsonl")
     planted = {seed: [item.get("planted") for item in plant(rows, items, seed)[1]] for seed in (0, 5)}
-    assert asked == [planted[0]] * 5 + [planted[5]] * 5 and planted[0] != planted[5]
+    # The bases come first.
+    assert asked == [planted[0], planted[5]] + [planted[0]] * 4 + [planted[5]] * 4 and planted[0] != planted[5]
     configs = {name: json.loads((in_a_folder / "a" / name / "config.json").read_text()) for name in runs}
     bases = {name: config["settings"]["init"] for name, config in configs.items()}
     for name, base in bases.items():                                      # from the base of its seed
@@ -106,6 +111,59 @@ def test_one_seed_prints_one_table(in_a_folder, monkeypatch, capsys):
     assert printed.count("seed 0  ") == 2                                 # a line for the base and one for the training
 
 
+@pytest.mark.slow
+def test_workers_give_the_same_and_end_with_the_command(in_a_folder, monkeypatch):
+    """Two workers, stopped and started again, against one process."""
+    argv = [*SMALL[2:], "--steps", 100, "--lr", 1e-3, "--objective", "sft", "bft", "--log-every", 1, "--out", "job"]
+    assert call(monkeypatch, *argv) == 0
+    expected = (in_a_folder / "job" / "results.json").read_bytes()
+    (in_a_folder / "job").rename("one-process")
+    command = [sys.executable, ROOT / "tests" / "experiment" / "small_job.py", *map(str, argv)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    options = {"env": {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": path}, "stdout": subprocess.DEVNULL}
+    runs = [in_a_folder / "job" / "seed-0" / "lr-0.001" / name for name in ("sft", "bft")]
+
+    def start_and_wait_for_steps():
+        process = subprocess.Popen(command, **options)
+        while process.poll() is None and not all(metrics(run) for run in runs):
+            time.sleep(0.05)
+        assert process.poll() is None
+        return process
+
+    process = start_and_wait_for_steps()
+    process.terminate()
+    assert process.wait(120) == 143
+    for run in runs:
+        assert 0 < len(metrics(run)) < 100 and list((run / "checkpoint").iterdir()) and not (run / "model").exists()
+    assert subprocess.run(command, timeout=240, **options).returncode == 0
+    assert (in_a_folder / "job" / "results.json").read_bytes() == expected
+    for run in runs:
+        assert metrics(run) == metrics(in_a_folder / "one-process" / "seed-0" / "lr-0.001" / run.name)
+
+    (in_a_folder / "job").rename("stopped-once")
+    process = start_and_wait_for_steps()
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def children_of(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in children.split()]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_what_the_default_job_goes_over():
     def grid(*argv):
         return train.parse_settings(list(map(str, argv)))[1]
@@ -127,7 +185,7 @@ def test_what_the_default_job_goes_over():
 def test_a_base_is_kept_until_something_changes_it(in_a_folder, monkeypatch):
     def base(*argv, seed=0):
         settings, _ = train.parse_settings(list(map(str, argv)))
-        return job.Job(settings, Ranks("cpu"), train.train, train.describe_run).plan_base(seed)
+        return job.Job(settings, Ranks("cpu"), train.train, train.describe_run).plan_base(seed, [])
 
     kept = base()
     assert kept.out.parent.name == "runs" and kept.settings.seed == 0
