@@ -60,12 +60,23 @@ def describe(settings, objective, files, samples, optimizer, device):
 
 
 def git_commit():
-    """The commit of this checkout; None without git."""
-    try:
-        done = subprocess.run(["git", "-C", CHECKOUT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError:
+    """The commit of this checkout, or None without one. Where files that git knows differ from it, `-dirty-` and a
+    digest of the differences follow."""
+    commit = git("rev-parse", "--verify", "HEAD").decode().strip()
+    if not commit:
         return None
-    return done.stdout.strip() or None
+    changes = git("diff", "HEAD")
+    if changes:
+        commit += f"-dirty-{hashlib.sha256(changes).hexdigest()[:8]}"
+    return commit
+
+
+def git(*arguments):
+    """What git prints of this checkout, bytes; nothing if it fails, or is not there."""
+    try:
+        return subprocess.run(["git", "-C", CHECKOUT, *arguments], capture_output=True).stdout
+    except OSError:
+        return b""
 
 
 def device_name(device):
