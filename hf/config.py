@@ -14,11 +14,10 @@ class Family(NamedTuple):
     A bias is there always (True), never (False), or where config.json says so under the key that is named.
     """
     keys: dict = {}                               # {its name of a key in config.json: Llama's}
-    activations: tuple = ("silu",)                # names of the only one supported; an absent key means the first
     norm: str = "rms"
     norm_eps: float = 1e-6                        # where config.json has none
     rotary: bool = True                           # False: learned positions
-    gated: bool = True
+    gated: bool = True                            # the MLP; ACTIVATIONS follow from it
     qkv_bias: bool | str = "attention_bias"
     o_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = "mlp_bias"
@@ -35,13 +34,16 @@ FAMILIES = {
         keys={"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
               "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
               "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act"},
-        activations=("gelu_new", "gelu_pytorch_tanh"), norm="layer", norm_eps=1e-5, rotary=False, gated=False,
-        qkv_bias=True, o_bias=True, mlp_bias=True, sets_heads=False, tied=True),
+        norm="layer", norm_eps=1e-5, rotary=False, gated=False, qkv_bias=True, o_bias=True, mlp_bias=True,
+        sets_heads=False, tied=True),
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(qkv_bias=False, o_bias=False, mlp_bias=False, slides="always", sliding_window=4096),
     "Qwen2ForCausalLM": Family(qkv_bias=True, o_bias=False, slides="on request"),
     "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128, slides="on request"),
 }
+
+# Names of what `model.MLP` computes, gated or not. An absent key means the first.
+ACTIVATIONS = {True: ("silu",), False: ("gelu_new", "gelu_pytorch_tanh")}
 
 # Options that change what a model computes, each with the only value supported, which is what an absent key means.
 ONLY_VALUES = {
@@ -147,7 +149,8 @@ def find_family(config_json):
 
 def check_options(settings, rope, family):
     check("rope type", rope_type(rope), ("default", "llama3"))
-    check("hidden_act", settings.get("hidden_act", family.activations[0]), family.activations)
+    activations = ACTIVATIONS[family.gated]
+    check("hidden_act", settings.get("hidden_act", activations[0]), activations)
     check("layer_types", sorted(set(settings.get("layer_types", []))), ([], ["full_attention"]))
     for key, only_value in ONLY_VALUES.items():
         value = rope.get(key, settings.get(key, only_value))

@@ -47,6 +47,17 @@ def test_a_new_model_is_a_llama():
         hf.llama_config(97, 2, 4, 12, 100, 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gated, change", [(True, {}), (False, {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new"})])
+def test_every_activation_that_is_accepted_is_what_the_mlp_computes(gated, change):
+    from transformers.activations import ACT2FN
+    mlp, x = tiny(**change).layers[0].mlp, torch.randn(5, 32)
+    assert mlp.gated == gated
+    for name in hf.config.ACTIVATIONS[gated]:
+        inner = ACT2FN[name](mlp.gate_proj(x)) * mlp.up_proj(x) if gated else ACT2FN[name](mlp.up_proj(x))
+        torch.testing.assert_close(mlp(x), mlp.down_proj(inner))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sliding windows
 
@@ -98,6 +109,7 @@ REFUSED = [({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaFor
            ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn.*llama3"), ({"rope_parameters": {"rope_type": "linear"}}, "linear"),
            ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window"),
            ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"), ({"hidden_act": "relu"}, "relu.*silu"),
+           ({"architectures": ["GPT2LMHeadModel"], "hidden_act": "relu2"}, "relu2.*gelu_new"),
            ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"), ({"partial_rotary_factor": 0.5}, "partial_rotary"),
            ({"vocab_size": None}, "vocab_size"), ({"num_hidden_layers": "a"}, "num_hidden_layers is 'a'"), ({"hidden_size": -1}, "hidden_size"),
            ({"num_key_value_heads": 3}, "do not fit"), ({"head_dim": 7}, "do not fit"), ({"rope_theta": 0}, "rope_theta"),
