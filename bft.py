@@ -155,9 +155,10 @@ def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=N
     if len(logp) == 0:
         return logp.sum().to(_precision(logp))
     offsets = offsets.to(logp.device, non_blocking=True)
+    # "samples" divides twice: here each sample by its n_b, below their sum by B. "tokens" divides once, by N.
     if average == "samples":
         _, first, last = _bounds(logp, offsets)
-        weights = weights / (last - first)                            # 1/n_b
+        weights = weights / (last - first)                            # (N,) last - first is n_b
     if denominator is None:
         denominator = global_denominator(objective, offsets.diff())
     return -((weights * logp.double()).sum() / denominator).to(_precision(logp))

@@ -1,6 +1,6 @@
 """Fine-tunes a GPT with any objective of bft.py, on one process or many.
 
-    python train.py                                        # the default job on assets/, some two minutes on two cores
+    python train.py                                        # the default job on assets/, less than two minutes on two cores
     torchrun --nproc_per_node=8 train.py                   # the same on eight GPUs
     torchrun --nproc_per_node=8 train.py --init DIR_OR_HUB_ID --data FILE.jsonl --objective sft bft --out runs/mine
 
@@ -62,7 +62,7 @@ class Settings:
                              "(compiled, a micro-batch is filled up to the next quarter of it)", at_least=1)
     max_length: int = flag(0, "tokens in a sample, at most; 0: what the model's positions allow", at_least=0)
     lr: float = flag(1e-5, "peak learning rate", above=0)
-    min_lr: float = flag(0.0, "learning rate at the end of the cosine", at_least=0)
+    min_lr: float = flag(0.0, "what the cosine of the learning rate falls towards", at_least=0)
     warmup: float = flag(0.05, "fraction of the steps in which the learning rate rises", at_least=0, at_most=1)
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", at_least=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", at_least=0)
@@ -291,18 +291,18 @@ def train(settings, objective, out, record, make_model, samples, validation, ext
     model = prepare_model(make_model, settings, dtype, ranks.device)
     trained = trained_parameters(model)
     optimizer = make_optimizer(trained, settings)
-    start = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)
+    first_step = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)   # from 0
     # The log may have the validation of this step already.
-    validated = begin(out, record, start, settings.resume, ranks)
+    validated = begin(out, record, first_step, settings.resume, ranks)
     net = wrap(model, settings, dtype, ranks)
-    log = StepLog(out, objective, model, samples, start, total, settings, dtype, ranks)
+    log = StepLog(out, objective, model, samples, first_step, total, settings, dtype, ranks)
 
     with Stop() as stop:
-        done = start                                                      # steps
+        done = first_step                                                 # steps
         received = 0                                                      # number of the signal that stops us; 0: none
-        if what_is_due(start, total, settings, validation).validate and not validated:
-            received = validate(model, validation, start, log, stop)
-        for step in range(start, total):
+        if what_is_due(first_step, total, settings, validation).validate and not validated:
+            received = validate(model, validation, first_step, log, stop)
+        for step in range(first_step, total):
             if received:
                 break
             epoch, numbers = global_batch(step, len(samples), settings.batch_size, settings.seed)
@@ -319,7 +319,7 @@ def train(settings, objective, out, record, make_model, samples, validation, ext
             log.add(Step(done, epoch, lr, batch, grad_norm, outcome))
             received = ranks.largest(stop.signal)                         # by any rank: all stop at the same step
             due = what_is_due(done, total, settings, validation)
-            if due.look or done == start + 1 or received:
+            if due.look or done == first_step + 1 or received:
                 log.write()                                               # ends the run if a number is not finite
                 if due.validate and not received:
                     received = validate(model, validation, done, log, stop)
@@ -423,7 +423,7 @@ def set_learning_rate(optimizer, step, total, settings):
 
 
 def learning_rate(step, total, settings):
-    """Linear warmup, then a cosine from lr to min_lr; step counts from 0."""
+    """Linear warmup, then a cosine from lr towards min_lr; step counts from 0."""
     warmup = math.ceil(settings.warmup * total)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
@@ -491,7 +491,8 @@ def validate(model, samples, step, log, stop):
     table = score(model, samples, log.dtype, settings.micro_tokens, settings.group_size, lambda: stop.signal)
     received = log.ranks.largest(stop.signal)
     if not received:
-        log.add_validation(step, -table[:, 0].sum() / table[:, 1].sum())
+        logp, count, _ = table.T                                          # (S,) each
+        log.add_validation(step, -logp.sum() / count.sum())
     return received
 
 
@@ -529,7 +530,7 @@ ZEROS = 20                                                                # step
 class StepLog:
     """metrics.jsonl and the terminal. Steps wait here until `write`, where the device is waited for."""
 
-    def __init__(self, out, objective, model, samples, start, total, settings, dtype, ranks):
+    def __init__(self, out, objective, model, samples, first_step, total, settings, dtype, ranks):
         self.path, self.objective, self.model, self.total = out / "metrics.jsonl", objective, model, total
         self.settings, self.dtype, self.ranks = settings, dtype, ranks
         self.waiting = []                                                 # of Step
@@ -541,7 +542,7 @@ class StepLog:
             self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
         self.restart_clock()
         parameters = list(model.parameters())
-        ranks.progress(f"{out}: {objective} from step {start} to {total}, {len(samples)} samples, batch "
+        ranks.progress(f"{out}: {objective} from step {first_step} to {total}, {len(samples)} samples, batch "
                        f"{settings.batch_size}, {sum(p.numel() for p in parameters if p.requires_grad) / 1e6:.1f}M of "
                        f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, {ranks.world} x {ranks.device}, "
                        f"{str(dtype).removeprefix('torch.')}")
@@ -602,7 +603,7 @@ class StepLog:
                              "metrics.jsonl) above 0")
 
     def end_the_run(self, step, line, statistics):
-        nll = statistics[:, 0]
+        nll, *_ = statistics.T                                            # (B,)
         bad = [sample.line for sample, value in zip(step.batch, nll) if not math.isfinite(value)]
         if self.ranks.rank == 0:
             lines = ", ".join(map(str, bad or [sample.line for sample in step.batch]))
