@@ -46,8 +46,8 @@ def find_format(name, tokenizer):
 
 
 def begin_ids(tokenizer):
-    """What stands before any text: Llama 3's <|begin_of_text|>; nothing for models that have none."""
-    return [tokenizer.special[token] for token in CHAT_FORMATS["llama3"].begin if token in tokenizer.special]
+    """What stands before any text: Llama 3's <|begin_of_text|>, Mistral's <s>; nothing for models that have none."""
+    return [tokenizer.special[token] for token in tokenizer.begin]
 
 
 def encode_turns(messages, tokenizer, chat_format="plain"):

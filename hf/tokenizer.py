@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import regex  # tiktoken brings it
 import tiktoken
@@ -18,26 +19,39 @@ LONGEST_FOR_TIKTOKEN = 500_000
 MOST_MARKS = 1000
 
 
+class AddedToken(NamedTuple):
+    """A token beside the vocabulary of merges, as tokenizer.json has it."""
+    id: int
+    special: bool = True             # False: a text that spells it becomes it ("<think>")
+    lstrip: bool = False             # takes the white space before it along
+    rstrip: bool = False             # and after it
+
+
 class Tokenizer:
     """encode(text) -> ids, decode(ids) -> text, n_vocab, special {text: id}, eos_id (None if there is none).
 
     path: its tokenizer.json, None for one of tiktoken's own.
     encoding: a tiktoken.Encoding, whose ranks are the order of merges. ids: {rank: id} (None: the same numbers).
-    added: those of `special` that the text may contain as tokens ("<think>"). nfc: normalise the text first. missing:
-    the bytes that are no token; they leave the text, as in Hugging Face's `tokenizers`.
+    added_tokens: {text: AddedToken}, all of them in `special` too. begin: texts of those that stand before any text.
+    nfc: normalise the text first. missing: the bytes that are no token; they leave the text, as in Hugging Face's
+    `tokenizers`.
     """
 
-    def __init__(self, encoding, eos_id, special, ids=None, added=(), nfc=False, missing=b"", path=None):
+    def __init__(self, encoding, eos_id, special, ids=None, added_tokens=None, begin=(), nfc=False, missing=b"",
+                 path=None):
         self.encoding = encoding
         self.eos_id = eos_id
         self.special = special
+        self.added_tokens = added_tokens or {}
+        self.begin = tuple(begin)
         self.ids = ids
         self.nfc = nfc
         self.missing = missing
         self.path = path
+        in_texts = [text for text, token in self.added_tokens.items() if not token.special]
         # The longest first: of two that begin alike, the longer one is meant.
-        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
-        self.added = re.compile("(" + "|".join(longest_first) + ")") if added else None
+        longest_first = sorted(map(re.escape, in_texts), key=len, reverse=True)
+        self.added = re.compile("(" + "|".join(longest_first) + ")") if in_texts else None
         self.bytes = {}                           # {id: what it stands for}
         for token, rank in encoding._mergeable_ranks.items():
             self.bytes[ids[rank] if ids else rank] = token
@@ -115,7 +129,9 @@ def tiktoken_tokenizer(name):
         # An unknown name, or no network for its file.
         raise UserError(f"tokenizer {name}: no tokenizer.json there, and no encoding of that name that tiktoken can "
                         f"load (it knows {', '.join(tiktoken.list_encoding_names())})") from None
-    return Tokenizer(encoding, encoding.eot_token, dict(encoding._special_tokens))
+    special = dict(encoding._special_tokens)
+    return Tokenizer(encoding, encoding.eot_token, special,
+                     added_tokens={text: AddedToken(i) for text, i in special.items()})
 
 
 def read_tokenizer(path):
@@ -142,7 +158,9 @@ def read_tokenizer(path):
     return Tokenizer(
         encoding, find_eos(path.parent, special | vocab), special,
         ids=[vocab[token] for token in tokens],
-        added=[token["content"] for token in added if not token["special"]],
+        added_tokens={token["content"]: AddedToken(token["id"], token["special"], token.get("lstrip", False),
+                                                   token.get("rstrip", False)) for token in added},
+        begin=find_begin(spec, special),
         nfc=bool(steps(spec, "normalizer", "normalizers")),
         missing=missing, path=path)
 
@@ -332,6 +350,16 @@ def find_eos(directory, ids):
             if type(i) is int and i in known:
                 return i
     return None
+
+
+def find_begin(spec, special):
+    """The special tokens that stand before any text, as texts: its tokenizer.json says so, or its family does."""
+    for step in steps(spec, "post_processor", "processors"):
+        if step["type"] == "TemplateProcessing":
+            before = itertools.takewhile(lambda piece: "SpecialToken" in piece, step["single"])
+            return [piece["SpecialToken"]["id"] for piece in before]
+    # Llama 3's.
+    return [text for text in ("<|begin_of_text|>",) if text in special]
 
 
 def bytes_to_unicode():
