@@ -9,6 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from forked import forked
 from support import ASSETS, ROOT
 
 import data
@@ -227,7 +228,7 @@ def test_the_command_shows_samples_and_lengths(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "chat format plain" in out and "What?\n[[That.<|endoftext|>]]" in out and "2 samples; 0 cut" in out and "response tokens" in out
     path.write_text("oops\n")
-    bad = subprocess.run(command, capture_output=True, text=True)
+    bad = forked(1, *command[1:], path=())
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and f"{path}:1: not JSON" in bad.stderr
 
 

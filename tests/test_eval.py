@@ -10,7 +10,8 @@ import types
 import numpy as np
 import pytest
 from evaluation_files import SETS, chat_model, evaluate, log_likelihood, make_work, small, write
-from support import ASSETS, ROOT, save_with_tokenizer, torchrun
+from forked import forked
+from support import ASSETS, ROOT, save_with_tokenizer
 
 import eval as evaluation
 import hf
@@ -212,11 +213,11 @@ def test_one_rank_and_two_give_the_same(work, tmp_path, monkeypatch, capsys):
         write(tmp_path / f"{name}.jsonl", [{**rows[i % len(rows)], **change(i)} for i in range(count)])
     write(tmp_path / "odd.jsonl", [{"gene": f"GENE{i}", "label": i % 2} for i in range(100)])
     tasks = ["--tasks", "choice", "choice", "nll", "process", "profile", "--layout", "cloze", "mmlu", "--data", "choice.jsonl", "choice.jsonl",
-             "samples.jsonl", "sets.jsonl", "genes.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "30", "--temperature", "1"]
+             "samples.jsonl", "sets.jsonl", "genes.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "12", "--temperature", "1"]
     argv = [work / "base", work / "bft-s0", *tasks, "--prompt", "Why?", "--device", "cpu", "--out"]
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, *argv, "1.json") == 0
-    done = torchrun(2, ROOT / "eval.py", *argv, "2.json", cwd=tmp_path)
+    done = forked(2, ROOT / "eval.py", *argv, "2.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for out in (capsys.readouterr().out, done.stdout):
         assert out.count(f"--- {work / 'base'} (chatml)") == out.count("per-item scores") == 1

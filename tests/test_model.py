@@ -163,6 +163,7 @@ def test_the_head_never_holds_more_logits_than_a_chunk(monkeypatch, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
+@torch._dynamo.config.patch(recompile_limit=3)                            # torch's own is 8: it would take long to pass it
 def test_blocks_compile_once_for_each_size_and_equal_eager(lora):
     model, samples = tiny(), random_samples(40)
     if lora:
@@ -187,7 +188,8 @@ def test_blocks_compile_once_for_each_size_and_equal_eager(lora):
         counts.append(counter.frame_count)
     new = [size not in sizes[:i] for i, size in enumerate(sizes)]
     assert counts[0] > 0 and [n > 0 for n in np.diff([0, *counts])] == new   # another size compiles, nothing else does
-    for times in range(2, 8):                                             # more sizes than torch would compile by itself
+    assert torch._dynamo.config.recompile_limit > 8
+    for times in range(2, 5):                                             # more sizes than torch would compile by itself
         run(batches[0], sizes[0] * times)
         before = counter.frame_count
         run(batches[1], sizes[0] * times)

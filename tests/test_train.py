@@ -1,5 +1,6 @@
 """The loop: the same step in every layout, the same run every time, checkpoints, logs, and users' mistakes."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import split_worker
 import torch
+from forked import forked
 from support import ASSETS, ROOT, SMALL, call, metrics, tiny, torchrun
 from test_bft import reference
 from test_data import BAD_LINES
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bft
 import hf
 import train
-from data import load_samples, read_jsonl
+from data import deal, load_samples, read_jsonl
 from model import GPT
 from runtime.checkpoint import checkpoints
 from runtime.files import load_safetensors, save_safetensors
@@ -51,13 +53,51 @@ def one_sample_at_a_time(objective, adapters):
     return loss.item(), split_worker.gradient(model), nll
 
 
+class WithoutExchange:
+    """A model as `forward_backward` sees it under DDP, on a rank that hears nothing of the others."""
+
+    def __init__(self, model):
+        self.model = model
+        self.unexchanged = 0                                              # backward passes that DDP would keep to itself
+
+    def __call__(self, *inputs):
+        return self.model(*inputs)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.unexchanged += 1
+        yield
+
+
+@pytest.mark.parametrize("objective", ["sft", "bft"])                     # averages over tokens, over samples
+@pytest.mark.parametrize("world, micro_tokens", [(2, 10000), (2, 60), (3, 1)])
+def test_the_mean_over_ranks_is_the_gradient_of_one(world, micro_tokens, objective):
+    """The ranks one after the other, without DDP, whose mean of their gradients is taken here."""
+    loss, gradient, _ = one_sample_at_a_time(objective, False)
+    gradients, losses = [], []
+    for rank in range(world):
+        model, batch = split_worker.setup(False)
+        ranks = Ranks("cpu")
+        ranks.rank, ranks.world = rank, world
+        settings = train.Settings(micro_tokens=micro_tokens, compile=False, group_size=split_worker.GROUP_SIZE)
+        net = WithoutExchange(model)
+        outcome = train.forward_backward(net, batch, objective, settings, ranks, torch.float32)
+        micro_batches = len(deal([len(sample.ids) for sample in batch], world, micro_tokens)[rank])
+        assert net.unexchanged == micro_batches - 1                       # the last pass exchanges what all have added up
+        gradients.append(split_worker.gradient(model))
+        losses.append(outcome.loss.item())
+    mean = torch.stack(gradients).mean(0)
+    assert (mean - gradient).norm() <= 1e-5 * gradient.norm()
+    assert math.isclose(sum(losses), loss, rel_tol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, layouts", [(1, ("10000", "90", "50", "1", "90+")), (2, ("10000", "60", "1", "60+")),
                                             (3, ("10000", "50", "1", "1+"))])
 def test_a_step_is_the_same_in_every_layout(ranks, layouts, tmp_path):
     """micro_tokens 10000: all packed into one micro-batch a rank; 1: one sample a micro-batch; +: filled up to the size that
     would be compiled. Thirteen layouts in all."""
-    result = torchrun(ranks, ROOT / "tests" / "split_worker.py", tmp_path / "out.pt", *layouts)
+    result = forked(ranks, ROOT / "tests" / "split_worker.py", tmp_path / "out.pt", *layouts)
     assert result.returncode == 0, result.stderr
     results = torch.load(tmp_path / "out.pt", weights_only=True)
     assert len(results) == 2 * len(layouts) * len(bft.OBJECTIVES)
@@ -72,9 +112,9 @@ def test_a_step_is_the_same_in_every_layout(ranks, layouts, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_like_one(tmp_path, data_file):
-    for ranks in (1, 2):
-        result = torchrun(ranks, ROOT / "train.py", *SMALL, "--data", data_file, "--val-data", data_file, "--steps", 20,
-                          "--batch-size", 7, "--micro-tokens", 200, "--objective", "bft", "--out", tmp_path / str(ranks))
+    for ranks, start in ((1, forked), (2, torchrun)):
+        result = start(ranks, ROOT / "train.py", *SMALL, "--data", data_file, "--val-data", data_file, "--steps", 20,
+                       "--batch-size", 7, "--micro-tokens", 200, "--objective", "bft", "--out", tmp_path / str(ranks))
         assert result.returncode == 0, result.stderr
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     assert len(one) == len(two) == 22                                     # 20 steps, validation before and after
@@ -183,7 +223,7 @@ def test_adapters_resume_and_other_adapters_are_another_run(tmp_path, monkeypatc
 def test_adapters_are_the_same_on_every_rank_and_train_like_one(tmp_path, data_file, checkpoint):
     for ranks in (1, 2):
         script = ROOT / "train.py" if ranks == 1 else ROOT / "tests" / "lora_worker.py"
-        result = torchrun(ranks, script, "--init", checkpoint, "--data", data_file, "--val-data", data_file, "--steps", 10, *REAL,
+        result = forked(ranks, script, "--init", checkpoint, "--data", data_file, "--val-data", data_file, "--steps", 10, *REAL,
                           "--objective", "bft", "--lora-rank", 4, "--lora-alpha", 4, "--out", tmp_path / str(ranks))
         assert result.returncode == 0, result.stderr
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
@@ -440,10 +480,12 @@ def test_compiled_and_recomputed_steps_equal_eager_ones(tmp_path, monkeypatch, d
 
 @pytest.mark.slow
 def test_compiled_and_recomputed_blocks_work_under_ddp(tmp_path, data_file):
-    argv = [ROOT / "train.py", *SMALL, "--n-embd", 512, "--n-head", 4, "--data", data_file, "--steps", 2, "--micro-tokens", 400,
-            "--lr", "1e-5", "--device", "cpu"]                            # blocks of 12 MB: DDP's first bucket is 1 MB
+    # Blocks of 12 MB: DDP's first bucket is 1 MB. Two full micro-batches a rank and step: of one size, and the empty one
+    # before the first step, are compiled.
+    argv = [ROOT / "train.py", *SMALL, "--n-embd", 512, "--n-head", 4, "--data", data_file, "--steps", 2, "--batch-size", 16,
+            "--micro-tokens", 280, "--lr", "1e-5", "--device", "cpu"]
     for name, flags in (("eager", ["--no-compile"]), ("compiled", ["--compile", "--recompute"])):
-        done = torchrun(2, *argv, *flags, "--out", tmp_path / name)
+        done = forked(2, *argv, *flags, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
     for a, b in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager")):
         assert a == pytest.approx(b, rel=1e-3)

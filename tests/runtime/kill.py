@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from forked import forked
 from support import ASSETS, ROOT, metrics, save_with_tokenizer, tiny
 
 import hf
@@ -28,20 +29,30 @@ KINDS = ("one process", "adapters", "three ranks")
 STEPS = 14
 
 
-def launch(ranks, fault, *arguments, restarts=0, **options):
-    """Starts train.py with this fault (see fault_worker.py), or as it is if it is None; returns the Popen."""
+def script(fault):
+    """train.py with this fault (see fault_worker.py), or as it is if it is None."""
+    return [ROOT / "train.py"] if fault is None else [ROOT / "tests" / "runtime" / "fault_worker.py", *fault.split(), "--"]
+
+
+def launch(ranks, fault, *arguments, restarts=0):
+    """Starts `script(fault)` as a user does, with python or torchrun; returns the Popen."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
-    script = [ROOT / "train.py"] if fault is None else [ROOT / "tests" / "runtime" / "fault_worker.py", *fault.split(), "--"]
     return subprocess.Popen(
-        [sys.executable, *(torchrun if ranks > 1 else []), *map(str, [*script, *arguments])], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}, **options)
+        [sys.executable, *(torchrun if ranks > 1 else []), *map(str, [*script(fault), *arguments])], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
 
 
-def finish(*arguments, **options):
+def finish_launched(*arguments, **options):
     """(exit code, output) of `launch`, which must end by itself."""
     process = launch(*arguments, **options)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
+
+
+def finish(ranks, fault, *arguments):
+    """(exit code, output) of the same in forked processes: see forked.py."""
+    done = forked(ranks, *script(fault), *arguments)
+    return done.returncode, done.stdout + done.stderr
 
 
 def workers(pid):

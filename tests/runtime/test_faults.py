@@ -13,7 +13,7 @@ from pathlib import Path
 import kill
 import pytest
 import torch
-from kill import KINDS, assert_same, finish
+from kill import KINDS, assert_same, finish, finish_launched
 from support import ASSETS, call, metrics
 
 import train
@@ -71,7 +71,8 @@ def test_a_killed_run_ends_as_if_nothing_had_been(kind, seed, directory):
                                                 ("sigint2 0 5", 130, 3), ("validating 0 3", 143, 6)])
 def test_a_signal_stops_after_the_step_and_its_checkpoint(fault, code, saved, one, tmp_path):
     argv, whole = one
-    stopped, output = finish(1, fault, *argv, "--out", tmp_path)
+    run_it = finish_launched if fault == "sigterm 0 5" else finish        # one of them as a user starts it
+    stopped, output = run_it(1, fault, *argv, "--out", tmp_path)
     assert stopped == code and "Traceback" not in output and not (tmp_path / "model").exists()
     assert steps_saved(tmp_path)[-1] == saved == metrics(tmp_path)[-1]["step"]
     if fault.startswith("validating"):                                    # of step 6: cut short, and done again below
@@ -86,7 +87,7 @@ def test_a_signal_stops_after_the_step_and_its_checkpoint(fault, code, saved, on
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(three, tmp_path):
     argv, whole = three
-    code, output = finish(3, "sigterm 1 5", *argv, "--out", tmp_path)
+    code, output = finish_launched(3, "sigterm 1 5", *argv, "--out", tmp_path)
     assert code != 0 and re.findall(r"exitcode +: (\S+)", output)[-1] == "143" and "SIGTERM; the same command" in output
     assert steps_saved(tmp_path) == [3, 5] and metrics(tmp_path)[-1]["step"] == 5
     code, output = finish(3, "draws", *argv, "--out", tmp_path)
@@ -98,7 +99,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(three, tmp_path):
 def test_torchrun_restarts_go_on_by_themselves(three, tmp_path):
     """Whatever --no-resume meant the first time."""
     argv, whole = three
-    code, output = finish(3, "sigkill 2 8 once", *argv, "--no-resume", "--out", tmp_path, restarts=1)
+    code, output = finish_launched(3, "sigkill 2 8 once", *argv, "--no-resume", "--out", tmp_path, restarts=1)
     assert code == 0 and "from step 0" in output and "from step 6" in output, output
     assert_same(whole, tmp_path)
 
@@ -369,7 +370,7 @@ def test_a_directory_that_cannot_be_written_to(directory, monkeypatch, capsys, t
 @pytest.mark.slow
 def test_a_number_that_is_none_stops_every_rank_at_its_step(three, tmp_path):
     argv, _ = three
-    code, output = finish(3, "nan 0 5", *argv, "--out", tmp_path)
+    code, output = finish_launched(3, "nan 0 5", *argv, "--out", tmp_path)
     assert code != 0 and len(errors(output)) == 1 and "error: step 5: loss nan" in output and "on lines" in output
     assert re.findall(r"exitcode +: (\S+)", output)[-1] == "1" and 'train.py", line' not in output      # no traceback of ours
     assert metrics(tmp_path)[-1]["step"] == 4 and steps_saved(tmp_path) == [3]
@@ -388,7 +389,7 @@ def test_a_loss_of_zero_is_remarked_upon_once(one, tmp_path):
 @pytest.mark.parametrize("fault", ["sigkill 1 5", "raise 1 5"])
 def test_a_rank_that_dies_takes_the_others_down(fault, three, tmp_path):
     argv, _ = three
-    code, output = finish(3, fault, *argv, "--out", tmp_path)
+    code, output = finish_launched(3, fault, *argv, "--out", tmp_path)
     cause = output.split("Root Cause")[1]
     assert code != 0 and "rank      : 1 " in cause and "cannot reach another" not in output
     assert "SIGKILL" in cause if fault.startswith("sig") else "ZeroDivisionError: a bug of this rank alone" in output
