@@ -223,7 +223,8 @@ def load_sets(settings, start, ranks):
     """(training samples, validation samples). Raises UserError."""
     limit = start.config.max_positions
     if settings.max_length > limit:
-        raise UserError(f"--max-length is {settings.max_length}; the model's positions end at {limit}")
+        raise UserError(f"--max-length is {settings.max_length}; expected at most {limit}, where the model's positions "
+                        "end (max_position_embeddings in its config.json, or sliding_window if that is smaller)")
     sets = []
     for path in (settings.data, settings.val_data):
         if not path:

@@ -16,6 +16,7 @@ FAMILIES = {                                                              # tran
     "smollm2": ("Llama", {**SIZES, "tie_word_embeddings": True, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3,
                           "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}),
     "mistral": ("Mistral", {**SIZES, "head_dim": 12, "sliding_window": None}),
+    "mistral-tied": ("Mistral", {**SIZES, "tie_word_embeddings": True, "sliding_window": None}),
     "mistral-window": ("Mistral", {**SIZES, "sliding_window": 4096}),
     "qwen2": ("Qwen2", {**SIZES, "tie_word_embeddings": False}),
     "qwen2.5-tied": ("Qwen2", {**SIZES, "tie_word_embeddings": True, "num_key_value_heads": 1}),

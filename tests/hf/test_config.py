@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from families import FAMILIES, SIZES, opened_by_transformers, theirs_of
-from support import LLAMA, tiny
+from support import ASSETS, LLAMA, call, save_with_tokenizer, tiny
 
 import hf
 
@@ -89,6 +89,16 @@ def test_a_window_where_the_family_has_none_is_refused_if_it_would_slide():
             with_window(architecture, sliding_window=255, **change)
 
 
+def test_why_samples_end_at_the_window_is_said(tmp_path, monkeypatch, capsys):
+    tokens = hf.load_tokenizer(ASSETS).n_vocab
+    save_with_tokenizer(tiny(architectures=["MistralForCausalLM"], sliding_window=32, vocab_size=tokens), tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    command = ["--init", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out", "--steps", 1]
+    assert call(monkeypatch, *command, "--max-length", 33) == 2
+    assert "expected at most 32, where the model's positions end (max_position_embeddings in its config.json, or sliding_window" in capsys.readouterr().err
+    assert call(monkeypatch, *command, "--max-length", 32) == 0
+
+
 @pytest.mark.slow
 def test_mistral_is_transformers_as_far_as_its_window_and_no_further(tmp_path):
     theirs = theirs_of("mistral", sliding_window=32)
@@ -100,6 +110,9 @@ def test_mistral_is_transformers_as_far_as_its_window_and_no_further(tmp_path):
         a, b = ours(ids), theirs(ids).logits
     torch.testing.assert_close(a[:, :32], b[:, :32], rtol=1e-4, atol=1e-4)
     assert (a[:, 32] - b[:, 32]).abs().max() > 0.1                        # the first token has left the window
+    hf.save_model(ours, tmp_path / "saved")
+    saved, spec = (json.loads((directory / "config.json").read_text()) for directory in (tmp_path / "saved", tmp_path))
+    assert saved == spec and saved["sliding_window"] == 32 and saved["max_position_embeddings"] == 256
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +123,7 @@ REFUSED = [({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaFor
            ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window"),
            ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"), ({"hidden_act": "relu"}, "relu.*silu"),
            ({"architectures": ["GPT2LMHeadModel"], "hidden_act": "relu2"}, "relu2.*gelu_new"),
-           ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"), ({"partial_rotary_factor": 0.5}, "partial_rotary"),
+           ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq.*the model that this one was made from"), ({"partial_rotary_factor": 0.5}, "partial_rotary"),
            ({"vocab_size": None}, "vocab_size"), ({"num_hidden_layers": "a"}, "num_hidden_layers is 'a'"), ({"hidden_size": -1}, "hidden_size"),
            ({"num_key_value_heads": 3}, "do not fit"), ({"head_dim": 7}, "do not fit"), ({"rope_theta": 0}, "rope_theta"),
            ({"eos_token_id": "x"}, "eos_token_id"), ({"rope_scaling": {"rope_type": "llama3"}}, "factor is None"),
