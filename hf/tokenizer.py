@@ -1,4 +1,5 @@
-"""tokenizer.json -> Tokenizer: byte-level BPE, computed by tiktoken, with the ids of Hugging Face's `tokenizers`."""
+"""tokenizer.json -> Tokenizer: byte-level BPE, computed by tiktoken, with the ids of Hugging Face's `tokenizers`; BPE
+with byte fallback is in `hf.byte_fallback`."""
 
 import itertools
 import json
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import regex  # tiktoken brings it
 import tiktoken
 
+from hf.byte_fallback import ByteFallbackBPE
 from runtime.process import UserError
 
 
@@ -31,49 +33,80 @@ class Tokenizer:
     """encode(text) -> ids, decode(ids) -> text, n_vocab, special {text: id}, eos_id (None if there is none).
 
     path: its tokenizer.json, None for one of tiktoken's own.
-    encoding: a tiktoken.Encoding, whose ranks are the order of merges. ids: {rank: id} (None: the same numbers).
+    bpe: a ByteLevelBPE or ByteFallbackBPE, which has the ids of text between added tokens.
     added_tokens: {text: AddedToken}, all of them in `special` too. begin: texts of those that stand before any text.
-    nfc: normalise the text first. missing: the bytes that are no token; they leave the text, as in Hugging Face's
-    `tokenizers`.
+    bytes: {id: what it stands for}.
     """
 
-    def __init__(self, encoding, eos_id, special, ids=None, added_tokens=None, begin=(), nfc=False, missing=b"",
-                 path=None):
-        self.encoding = encoding
+    def __init__(self, bpe, eos_id, special, added_tokens=None, begin=(), path=None):
+        self.bpe = bpe
         self.eos_id = eos_id
         self.special = special
         self.added_tokens = added_tokens or {}
         self.begin = tuple(begin)
-        self.ids = ids
-        self.nfc = nfc
-        self.missing = missing
         self.path = path
         in_texts = [text for text, token in self.added_tokens.items() if not token.special]
         # The longest first: of two that begin alike, the longer one is meant.
         longest_first = sorted(map(re.escape, in_texts), key=len, reverse=True)
         self.added = re.compile("(" + "|".join(longest_first) + ")") if in_texts else None
-        self.bytes = {}                           # {id: what it stands for}
-        for token, rank in encoding._mergeable_ranks.items():
-            self.bytes[ids[rank] if ids else rank] = token
-        for text, i in special.items():
-            self.bytes[i] = text.encode()
+        self.bytes = bpe.bytes | {i: text.encode() for text, i in special.items()}
         self.n_vocab = max(self.bytes) + 1
 
-    def encode(self, text):
-        """Special tokens in the text stay text. Raises UserError for marks that no text has, with NFC."""
+    def encode(self, text, follows="nothing"):
+        """The ids of a text, or of a part of one: see `encode_part`. Special tokens in the text stay text.
+
+        Raises UserError for marks that no text has, with NFC.
+        """
         if self.added is None:
-            return self.encode_part(text)
+            return self.encode_part(text, follows)
         ids = []
         # re.split alternates: text, added token, text, ...
         for i, part in enumerate(self.added.split(text)):
             if i % 2 == 1:
                 ids.append(self.special[part])
-            else:
-                ids += self.encode_part(part)
+                follows = "token"
+            elif part:
+                ids += self.encode_part(part, follows)
         return ids
 
-    def encode_part(self, text):
-        """The ids of a text without added tokens."""
+    def encode_part(self, text, follows="nothing"):
+        """The ids of text without added tokens: what spells one stays text.
+
+        follows: what stands before it in the whole text: "nothing", a "token" (any added token: "<s>", "<think>"), or
+        "text", where a text is cut in two. Llama 2's and Mistral's tokenizers put a space before some of them.
+        """
+        return self.bpe.encode(text, follows)
+
+    def decode(self, ids):
+        """Ids that are no token, and bytes that are no text, become U+FFFD. The space that encode puts before a text
+        leaves it again."""
+        unknown = "\ufffd".encode()
+        text = b"".join(self.bytes.get(int(i), unknown) for i in ids).decode(errors="replace")
+        if self.bpe.adds_space:
+            text = text.removeprefix(" ")
+        return text
+
+
+class ByteLevelBPE:
+    """encode(text, follows) -> ids; bytes: {id: what it stands for}.
+
+    encoding: a tiktoken.Encoding, whose ranks are the order of merges. ids: {rank: id} (None: the same numbers).
+    nfc: normalise the text first. missing: the bytes that are no token; they leave the text, as in Hugging Face's
+    `tokenizers`.
+    """
+    adds_space = False
+
+    def __init__(self, encoding, ids=None, nfc=False, missing=b""):
+        self.encoding = encoding
+        self.ids = ids
+        self.nfc = nfc
+        self.missing = missing
+        self.bytes = {}
+        for token, rank in encoding._mergeable_ranks.items():
+            self.bytes[ids[rank] if ids else rank] = token
+
+    def encode(self, text, follows):
+        """The same whatever the text follows. Raises UserError for marks that no text has, with NFC."""
         if self.nfc:
             if any(len(marks.group()) > MOST_MARKS for marks in regex.finditer(r"\p{M}+", text)):
                 raise UserError("more than 1,000 combining marks in a row; expected text")
@@ -99,21 +132,20 @@ class Tokenizer:
                 ranks += self.encoding._encode_single_piece(piece)
         return ranks
 
-    def decode(self, ids):
-        """Ids that are no token, and bytes that are no text, become U+FFFD."""
-        unknown = "\ufffd".encode()
-        return b"".join(self.bytes.get(int(i), unknown) for i in ids).decode(errors="replace")
-
 
 def load_tokenizer(name_or_path):
     """A Tokenizer from a directory with tokenizer.json, from such a file, or a tiktoken encoding by name ("gpt2").
 
     The ids are those of Hugging Face's `tokenizers` with add_special_tokens=False and special tokens as text:
-    byte-level BPE as GPT-2, SmolLM2, Llama 3 and Qwen have it. Raises UserError for others, by name.
+    byte-level BPE as GPT-2, SmolLM2, Llama 3 and Qwen have it, and BPE with byte fallback as Llama 2 and Mistral have
+    it. Raises UserError for others, by name.
     """
     path = Path(name_or_path)
     if path.is_dir():
         path = path / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected one, which transformers' AutoTokenizer and "
+                            "save_pretrained make of others (tokenizer.model and vocab.json are not read)")
     if not path.is_file():
         return tiktoken_tokenizer(name_or_path)
     try:
@@ -130,7 +162,7 @@ def tiktoken_tokenizer(name):
         raise UserError(f"tokenizer {name}: no tokenizer.json there, and no encoding of that name that tiktoken can "
                         f"load (it knows {', '.join(tiktoken.list_encoding_names())})") from None
     special = dict(encoding._special_tokens)
-    return Tokenizer(encoding, encoding.eot_token, special,
+    return Tokenizer(ByteLevelBPE(encoding), encoding.eot_token, special,
                      added_tokens={text: AddedToken(i) for text, i in special.items()})
 
 
@@ -138,31 +170,43 @@ def read_tokenizer(path):
     """A Tokenizer from a tokenizer.json. Raises UserError for what is not supported, and exceptions of several kinds
     for a file that is no tokenizer.json."""
     spec = json.loads(path.read_bytes())
-    model = spec["model"]
-    vocab = model["vocab"]                        # {token, its bytes spelled as in `bytes_to_unicode`: id}
+    vocab = spec["model"]["vocab"]                # {token: id}
     added = spec.get("added_tokens", [])
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    missing = bytes(byte for character, byte in byte_of.items() if character not in vocab)
-    if unsupported := unsupported_parts(spec, missing):
+    if unsupported := unsupported_parts(spec):
         raise UserError(f"{path}: {', '.join(unsupported)[:400]} is not supported; supported: byte-level BPE as GPT-2, "
-                        "SmolLM2, Llama 3 and Qwen have it")
+                        "SmolLM2, Llama 3 and Qwen have it, and BPE with byte fallback as Llama 2 and Mistral have it")
     special = {token["content"]: token["id"] for token in added}
     check_ids(vocab, special)
-
-    single_bytes = [character for character in byte_of if character in vocab]
-    tokens = tokens_by_rank(model, single_bytes, special, path)
-    ranks = {bytes(byte_of[character] for character in token): rank for token, rank in tokens.items()}
-    encoding = tiktoken.Encoding(str(path), pat_str=find_pattern(spec), mergeable_ranks=ranks, special_tokens={})
-    # No text leads to a token that no merge makes: it is special too.
-    special = {token: i for token, i in vocab.items() if token not in tokens} | special
+    if has_byte_fallback(spec):
+        never_text = {token["content"] for token in added if token["special"]}
+        bpe = ByteFallbackBPE(spec["model"], steps(spec, "normalizer", "normalizers"),
+                              steps(spec, "pre_tokenizer", "pretokenizers"), never_text, path)
+    else:
+        bpe, unreachable = byte_level_bpe(spec, special, path)
+        special = unreachable | special
     return Tokenizer(
-        encoding, find_eos(path.parent, special | vocab), special,
-        ids=[vocab[token] for token in tokens],
+        bpe, find_eos(path.parent, special | vocab), special,
         added_tokens={token["content"]: AddedToken(token["id"], token["special"], token.get("lstrip", False),
                                                    token.get("rstrip", False)) for token in added},
-        begin=find_begin(spec, special),
-        nfc=bool(steps(spec, "normalizer", "normalizers")),
-        missing=missing, path=path)
+        begin=find_begin(spec, special), path=path)
+
+
+def byte_level_bpe(spec, special, path):
+    """(ByteLevelBPE, {token: id} of what no text leads to, since no merge makes it). Raises UserError."""
+    vocab = spec["model"]["vocab"]                # its tokens are bytes spelled as in `bytes_to_unicode`
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    single_bytes = [character for character in byte_of if character in vocab]
+    tokens = tokens_by_rank(spec["model"], single_bytes, special, path)
+    ranks = {bytes(byte_of[character] for character in token): rank for token, rank in tokens.items()}
+    encoding = tiktoken.Encoding(str(path), pat_str=find_pattern(spec), mergeable_ranks=ranks, special_tokens={})
+    bpe = ByteLevelBPE(encoding, ids=[vocab[token] for token in tokens],
+                       nfc=bool(steps(spec, "normalizer", "normalizers")), missing=missing_bytes(vocab))
+    return bpe, {token: i for token, i in vocab.items() if token not in tokens}
+
+
+def missing_bytes(vocab):
+    """The bytes that are no token of a byte-level vocabulary."""
+    return bytes(byte for byte, character in bytes_to_unicode().items() if character not in vocab)
 
 
 def tokens_by_rank(model, single_bytes, special, path):
@@ -215,7 +259,12 @@ PRE_TOKENIZERS = [
 ]
 
 
-def unsupported_parts(spec, missing):
+# Steps that BPE with byte fallback may have.
+NORMALIZERS = ("Prepend", "Replace")
+CUTS = ("Metaspace", "Split")
+
+
+def unsupported_parts(spec):
     """What of a tokenizer.json we do not have, as texts for the user."""
     model = spec["model"]
     # Old files leave the type out.
@@ -223,23 +272,40 @@ def unsupported_parts(spec, missing):
     if kind != "BPE":
         return [f"model {kind}"]
     unsupported = []
-    if find_pattern(spec) is None:
-        unsupported.append(f"pre-tokenizer {pre_tokenizer_steps(spec)}")
-    for step in steps(spec, "normalizer", "normalizers"):
-        if step["type"] != "NFC":
-            unsupported.append(f"normalizer {step['type']}")
     keys = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
-    if missing:
-        # They say what becomes of a byte that is no token. Where none is missing they have nothing to do.
-        keys += ["unk_token", "byte_fallback"]
-    for key in keys:
-        if model.get(key):
-            unsupported.append(f"{key} {model[key]}")
+    normalizers = steps(spec, "normalizer", "normalizers")
+    if has_byte_fallback(spec):
+        # It would make special tokens of text that spells them.
+        keys.append("ignore_merges")
+        known_normalizers = NORMALIZERS
+        known_cut = all(step["type"] in CUTS for step in steps(spec, "pre_tokenizer", "pretokenizers"))
+    else:
+        if missing_bytes(model["vocab"]):
+            # They say what becomes of a byte that is no token. Where none is missing they have nothing to do.
+            keys += ["unk_token", "byte_fallback"]
+        known_normalizers = ("NFC",)
+        known_cut = find_pattern(spec) is not None
+    if not known_cut:
+        unsupported.append(f"pre-tokenizer {pre_tokenizer_steps(spec)}")
+    unsupported += [f"normalizer {step['type']}" for step in normalizers if step["type"] not in known_normalizers]
+    unsupported += [f"{key} {model[key]}" for key in keys if model.get(key)]
+    prepends = any(step["type"] == "Prepend" for step in normalizers)
     for token in spec.get("added_tokens", []):
+        if token["special"]:
+            continue
         for key in ("lstrip", "rstrip", "single_word"):
-            if token.get(key) and not token["special"]:
+            if token.get(key):
                 unsupported.append(f"added token {token['content']} with {key}")
+        if prepends and token.get("normalized"):
+            # The library looks for it with a space in front.
+            unsupported.append(f"added token {token['content']} with normalized")
     return unsupported
+
+
+def has_byte_fallback(spec):
+    """Whether characters that are no token become the bytes <0x00> to <0xFF>; a byte-level file may say so as well."""
+    cut = [step["type"] for step in steps(spec, "pre_tokenizer", "pretokenizers")]
+    return bool(spec["model"].get("byte_fallback")) and "ByteLevel" not in cut
 
 
 def find_pattern(spec):

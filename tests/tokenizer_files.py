@@ -75,6 +75,53 @@ def trained(style, whole_alphabet, special, vocab_size):
     return tokenizer.to_str(pretty=True)
 
 
+SPACE = "\u2581"
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]}
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+OLD_METASPACE = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": True}
+NO_PREFIX = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+MERGED_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+FALLBACKS = {                                                             # its normalizer and pre_tokenizer
+    "llama-2": (PREPEND, None),                                           # Mistral v0.1 and BioMistral, too
+    "mistral-v0.3": (None, METASPACE),
+    "metaspace": (None, OLD_METASPACE),
+    "no prefix": (NO_PREFIX, MERGED_SPLIT),
+}
+INST = ["[INST]", "[/INST]"]
+
+
+def build_fallback(kind, directory, vocab_size=1200):
+    """A directory with the tokenizer.json of BPE with byte fallback of this kind. Needs `tokenizers`."""
+    normalizer, cut = FALLBACKS[kind]
+    spec = json.loads(trained_fallback(vocab_size))
+    spec |= {"normalizer": normalizer, "pre_tokenizer": cut}
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return directory
+
+
+@functools.cache
+def trained_fallback(vocab_size):
+    """<unk>, <s>, </s>, [INST], [/INST] and 256 bytes, then what merges make; <think> comes last and is not special."""
+    import tokenizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>", *INST]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, limit_alphabet=150,
+                                             special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))])
+    tokenizer.train_from_iterator([text.replace("<think>", "") for text in strings(1500, seed=1)], trainer)
+    spec = json.loads(tokenizer.to_str())
+    kinds = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec["added_tokens"] = [{"id": i, "content": token, "special": True, **kinds} for i, token in enumerate(special)]
+    spec["added_tokens"].append({"id": len(spec["model"]["vocab"]), "content": "<think>", "special": False, **kinds})
+    decoders = tokenizers.decoders
+    strip = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(strip)
+    begin = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = begin
+    return json.dumps(spec | {key: json.loads(tokenizer.to_str())[key] for key in ("decoder", "post_processor")})
+
+
 def assets_with(directory, special=SPECIAL):
     """A directory with the tokenizer of assets/ and these special tokens, where it does not have them. Needs no extra."""
     spec = json.loads((ASSETS / "tokenizer.json").read_text())
