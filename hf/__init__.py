@@ -11,4 +11,4 @@ from hf.config import config_from_dict, llama_config, load_config
 from hf.directory import files_beside_model, generation_config, load_weights, open_model, stop_ids
 from hf.hub import find_directory
 from hf.tokenizer import Tokenizer, bytes_to_unicode, find_eos, load_tokenizer
-from hf.weights import load_model, save_model, weight_files
+from hf.weights import load_model, save_model, untrained_rows, weight_files

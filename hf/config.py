@@ -47,7 +47,6 @@ ACTIVATIONS = {True: ("silu",), False: ("gelu_new", "gelu_pytorch_tanh")}
 
 # Options that change what a model computes, each with the only value supported, which is what an absent key means.
 ONLY_VALUES = {
-    "quantization_config": None,
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
     "scale_attn_weights": True,
@@ -148,6 +147,9 @@ def find_family(config_json):
 
 
 def check_options(settings, rope, family):
+    if quantization := settings.get("quantization_config"):
+        raise ValueError(f"quantization_config {str(quantization)[:100]} is not supported; expected weights in "
+                         "float32, float16 or bfloat16: the model that this one was made from")
     check("rope type", rope_type(rope), ("default", "llama3"))
     activations = ACTIVATIONS[family.gated]
     check("hidden_act", settings.get("hidden_act", activations[0]), activations)

@@ -7,7 +7,7 @@ from hf.chat import CHAT_FORMATS
 from hf.config import load_config
 from hf.hub import find_directory
 from hf.tokenizer import load_tokenizer
-from hf.weights import load_model, weight_files
+from hf.weights import check_dtypes, load_model, weight_files
 from runtime.process import UserError
 
 
@@ -19,7 +19,8 @@ TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "vocab.js
 def open_model(path, tokenizer=None):
     """(directory, GPTConfig, Tokenizer) of a run, a model directory or a Hugging Face repository id.
 
-    The weights must be there, but are not read. tokenizer: another one than the directory's. Raises UserError.
+    The weights must be there, but of their files only the headers are read. tokenizer: another one than the
+    directory's. Raises UserError.
     """
     is_run = Path(path, "model").is_dir()
     is_model = Path(path, "config.json").is_file()
@@ -31,15 +32,31 @@ def open_model(path, tokenizer=None):
             directory = Path(path, "model")
         else:
             directory = find_directory(path)
-        weight_files(directory)
+        files = weight_files(directory)
         config = load_config(directory)
+        check_dtypes(files)
     except (ValueError, OSError) as e:
         raise UserError(str(e)) from None
     tokenizer = load_tokenizer(tokenizer or directory)
-    if tokenizer.n_vocab > config.vocab_size:
-        raise UserError(f"{directory}: the tokenizer has {tokenizer.n_vocab} tokens, the model only "
-                        f"{config.vocab_size}")
+    check_vocabulary(directory, config, tokenizer)
     return directory, config, tokenizer
+
+
+def check_vocabulary(directory, config, tokenizer):
+    """Raises UserError if the tokenizer has tokens that the model has no row for."""
+    missing = {i: text for i, text in tokenizer.bytes.items() if i >= config.vocab_size}
+    if not missing:
+        return
+    names = ", ".join(f"{missing[i].decode(errors='replace')} ({i})" for i in sorted(missing)[:5])
+    if len(missing) > 5:
+        names += f" and {len(missing) - 5} more"
+    added = {token.id for token in tokenizer.added_tokens.values() if token.special}
+    needed = {tokenizer.eos_id, *(tokenizer.special.get(text) for text in tokenizer.begin)}
+    advice = "expected the tokenizer that the model was trained with (--tokenizer)"
+    if tokenizer.path and missing.keys() <= added - needed:
+        advice = (f"no text needs that: unless the chat template writes it, remove it from added_tokens in "
+                  f"{tokenizer.path}")
+    raise UserError(f"{directory}: the tokenizer has tokens beyond the model's {config.vocab_size}: {names}; {advice}")
 
 
 def load_weights(directory):

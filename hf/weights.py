@@ -12,7 +12,7 @@ import torch
 from hf.config import load_config
 from hf.hub import find_directory
 from model import GPT
-from runtime.files import iterate_safetensors, save_safetensors, write_whole
+from runtime.files import iterate_safetensors, safetensors_layout, save_safetensors, write_whole
 
 
 SHARD_BYTES = 5_000_000_000                       # a model beyond this is saved in several files
@@ -23,6 +23,17 @@ HEAD = "lm_head.weight"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Constants that old files hold beside the weights.
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+# In any family's file, the matrices that have a row for each token.
+ROWS_OF_TOKENS = ("model.embed_tokens.weight", EMBEDDING, "transformer.wte.weight", "wte.weight", HEAD)
+# What a directory without a model may hold instead, and what to do about it.
+OTHER_FILES = {
+    "adapter_config.json": "an adapter of PEFT's; expected a whole model: merge the adapter into its base "
+                           "(merge_and_unload) and save that",
+    "*.gguf": "which is not read; expected safetensors files: the model that it was made from",
+    "pytorch_model*.bin": "a pickle, which is a program and is not read; expected safetensors files, which "
+                          "transformers' save_pretrained writes",
+    "checkpoint": "of a run that has not finished; expected a model: the run's command, given again, goes on with it",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,17 +78,47 @@ def load_model(directory_or_hub_id):
 
 def read_tensors(files, gpt2):
     """Yields (name in the file, our name, tensor), holding one of the file's tensors at a time. Raises ValueError."""
+    check_dtypes(files)
     for file in files:
         for name_in_file, t in iterate_safetensors(file):
             if name_in_file.endswith(CONSTANTS):
                 continue
-            if t.dtype not in DTYPES:
-                raise ValueError(f"{file}: {name_in_file} is {t.dtype}; supported: float32, float16, bfloat16")
             if not gpt2:
                 yield name_in_file, name_in_file.removeprefix("model."), t
                 continue
             for name, part in from_gpt2(name_in_file, t):
                 yield name_in_file, name, part
+
+
+def check_dtypes(files):
+    """Raises ValueError for weights of a type that we do not have. Nothing but the files' headers is read."""
+    for file in files:
+        with open(file, "rb") as f:
+            layout = safetensors_layout(f)
+        for name, dtype, _ in layout:
+            if dtype not in DTYPES and not name.endswith(CONSTANTS):
+                raise ValueError(f"{file}: {name} is {dtype}; supported: float32, float16, bfloat16 (if it is a "
+                                 "quantised model, take the one that it was made from)")
+
+
+def untrained_rows(directory, ids):
+    """Those of these token ids that the model was never trained on, in order: the largest number in their row of the
+    embedding, or of the head, is at most a thousandth of that of the median row.
+
+    No other tensor is read. Raises ValueError or OSError for files that cannot be read.
+    """
+    config = load_config(directory)
+    untrained = set()
+    for file in weight_files(directory):
+        for _, matrix in iterate_safetensors(file, names=ROWS_OF_TOKENS):
+            if matrix.shape != (config.vocab_size, config.n_embd):
+                # load_model will say so.
+                continue
+            # By parts, since abs() copies.
+            largest = torch.cat([rows.abs().amax(1).float() for rows in matrix.split(4096)])   # (V,)
+            limit = largest.median() / 1000
+            untrained.update(i for i in ids if largest[i] <= limit)
+    return [i for i in ids if i in untrained]
 
 
 def weight_files(directory):
@@ -88,8 +129,7 @@ def weight_files(directory):
     if has_config and (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if not has_config or not index.is_file():
-        raise FileNotFoundError(f"{directory}: no model there; expected config.json and {SINGLE}, or its shards and "
-                                "their index (pytorch_model.bin is a pickle and is not read)")
+        raise FileNotFoundError(what_is_there(directory))
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         # A name with a directory in it could lead anywhere.
@@ -99,6 +139,15 @@ def weight_files(directory):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{index} is not an index that we can read: {e}") from None
     return [directory / name for name in names]
+
+
+def what_is_there(directory):
+    """A sentence about a directory without a model."""
+    for pattern, words in OTHER_FILES.items():
+        for file in sorted(directory.glob(pattern)):
+            return f"{directory}: no model there, but {file.name}, {words}"
+    return (f"{directory}: no model there; expected config.json and {SINGLE}, or its shards and their index "
+            "(pytorch_model.bin is a pickle and is not read)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,10 @@ def write_whole(path, chunks):
 # safetensors: 8 bytes of length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, the raw tensors.
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
-                      "BOOL": torch.bool}
+                      "BOOL": torch.bool,
+                      # Quantised models have these.
+                      "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8,
+                      "I32": torch.int32, "I64": torch.int64}
 LARGEST_HEADER = 100_000_000                                              # bytes; the safetensors library's limit
 LARGEST_TENSOR = 2 ** 48                                                  # numbers; more would overflow later
 
@@ -79,18 +82,26 @@ def load_safetensors(path):
     return dict(iterate_safetensors(path))
 
 
-def iterate_safetensors(path):
-    """Yields (name, CPU tensor) in the file's order, holding one at a time. Raises as `load_safetensors`."""
+def iterate_safetensors(path, names=None):
+    """Yields (name, CPU tensor) in the file's order, holding one at a time. names: only these, those that it has.
+    Raises as `load_safetensors`."""
     with open(path, "rb") as f:
-        try:
-            layout = read_header(f)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-            raise ValueError(f"{path} is not a safetensors file that we can read: {e}") from None
-        for name, dtype, shape in layout:
+        for name, dtype, shape in safetensors_layout(f):
             size = math.prod(shape) * dtype.itemsize
+            if names is not None and name not in names:
+                f.seek(size, os.SEEK_CUR)
+                continue
             pages = own_pages(size)
             f.readinto(memoryview(pages)[:size])
             yield name, torch.frombuffer(pages, dtype=torch.uint8)[:size].view(dtype).view(shape)
+
+
+def safetensors_layout(f):
+    """[(name, dtype, shape)] of an open file, as `read_header`. Raises ValueError for one that is not safetensors."""
+    try:
+        return read_header(f)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{f.name} is not a safetensors file that we can read: {e}") from None
 
 
 def read_header(f):

@@ -11,6 +11,7 @@ from families import FAMILIES, equal_tensors, opened_by_transformers, theirs_of
 from support import LLAMA, ROOT, tiny
 
 import hf
+import runtime.files
 from model import GPT
 from runtime.files import load_safetensors, save_safetensors
 from runtime.process import UserError
@@ -91,6 +92,33 @@ def test_old_gpt2_files_are_read(tmp_path):
     ids = torch.randint(97, (2, 50))
     with torch.no_grad():
         torch.testing.assert_close(hf.load_model(tmp_path)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False}, {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new"}],
+                         ids=["llama", "untied", "gpt2"])
+@pytest.mark.parametrize("shard_bytes", [10_000, 10 ** 9])
+def test_rows_that_were_never_trained_are_found(tmp_path, change, shard_bytes, monkeypatch):
+    model = tiny(**change)
+    expected = [90, 5]
+    with torch.no_grad():
+        model.embed_tokens.weight[5] = 0
+        model.embed_tokens.weight[90] *= 1e-4
+        model.embed_tokens.weight[7] *= 0.01                              # small, but not that small
+        if "tie_word_embeddings" in change:
+            model.lm_head.weight[6] = 0
+            expected.append(6)
+    monkeypatch.setattr(hf.weights, "SHARD_BYTES", shard_bytes)
+    hf.save_model(model.bfloat16(), tmp_path)
+    sizes, own_pages = [], runtime.files.own_pages
+    monkeypatch.setattr(runtime.files, "own_pages", lambda size: sizes.append(size) or own_pages(size))
+    assert hf.untrained_rows(tmp_path, [1, 90, 7, 5, 6]) == expected
+    assert sizes == [97 * 32 * 2] * (2 if "tie_word_embeddings" in change else 1)          # no other tensor was read
+    if change.get("architectures"):
+        path, = tmp_path.glob("*00001-of*") if shard_bytes == 10_000 else tmp_path.glob("*.safetensors")
+        tensors = {name.removeprefix("transformer."): t for name, t in load_safetensors(path).items()}
+        save_safetensors(tensors, path)                                   # as the published files of GPT-2 have them
+        assert hf.untrained_rows(tmp_path, [1, 90, 7, 5, 6]) == expected
+    assert hf.untrained_rows(tmp_path, []) == []
 
 
 def test_a_tied_head_may_be_in_the_file_but_not_differ(tmp_path):
