@@ -15,7 +15,9 @@ class ByteFallbackBPE:
     """encode(text, follows) -> ids; bytes: {id: what it stands for}; adds_space: whether a text gets one in front.
 
     Such a tokenizer puts a space before a text: before every text between two added tokens, or only before the first,
-    and never in the middle of one. So a text that is encoded in parts needs to be told what each part follows.
+    and never in the middle of one. So a text that is encoded in parts needs to be told what each part follows. Which it
+    does is read from tokenizer.json. (transformers 5 goes by `legacy` in tokenizer_config.json where that names the
+    class LlamaTokenizer, and may differ from the file at the beginning of a text.)
 
     model, normalizers, pre_tokenizers: these parts of a tokenizer.json, the latter two as lists of steps. never_text:
     the special tokens, which no text may become. Raises UserError where `tokenizers` is not installed.
