@@ -51,15 +51,13 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
     rows: [(line number, object), ...] to use in place of the file's content, path then only names them in errors.
     Raises UserError naming file and line.
     """
-    if tokenizer.eos_id is None:
-        raise UserError("the tokenizer names no end-of-text token; expected eos_token in tokenizer_config.json or "
-                        "eos_token_id in config.json")
-    chat_format = hf.find_format(chat_format, tokenizer)
+    if isinstance(chat_format, str):
+        chat_format = hf.load_chat_format(None, tokenizer, chat_format)
     samples, cut, dropped = [], 0, 0
     for line, row in read_jsonl(path) if rows is None else rows:
         conversation = as_conversation(row, f"{path}:{line}")
         try:
-            ids, response = hf.encode_turns(conversation, tokenizer, chat_format)
+            ids, response = chat_format.encode(conversation)
         except UserError as e:
             raise UserError(f"{path}:{line}: {e}") from None
         response[0] = False
@@ -121,8 +119,8 @@ def parse_line(line, where):
 def as_conversation(row, where):
     """A row's turns, [(role, text), ...]; role None is {"text"}: bare text, all of it response. Raises UserError."""
     if "prompt" in row or "response" in row:
-        return [("user", text_of(row, "prompt", where, may_be_blank=True)),
-                ("assistant", text_of(row, "response", where))]
+        return [hf.Turn("user", text_of(row, "prompt", where, may_be_blank=True)),
+                hf.Turn("assistant", text_of(row, "response", where))]
     if "messages" in row:
         return as_turns(row["messages"], where)
     if "instruction" in row or "output" in row:
@@ -131,9 +129,9 @@ def as_conversation(row, where):
             extra = text_of(row, "input", where, may_be_blank=True)
             if extra.strip():
                 prompt = f"{prompt}\n{extra}"
-        return [("user", prompt), ("assistant", text_of(row, "output", where))]
+        return [hf.Turn("user", prompt), hf.Turn("assistant", text_of(row, "output", where))]
     if "text" in row:
-        return [(None, text_of(row, "text", where))]
+        return [hf.Turn(None, text_of(row, "text", where))]
     raise UserError(f"{where}: the keys are {', '.join(map(repr, row)) or 'none'}; expected {SHAPES}")
 
 
@@ -146,7 +144,7 @@ def as_turns(messages, where):
             raise UserError(f"{where}: 'role' is {message.get('role')!r}; expected system, user or assistant")
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where}: no turn of the assistant in 'messages'; nothing to learn from")
-    return [(message["role"], text_of(message, "content", where, may_be_blank=message["role"] != "assistant"))
+    return [hf.Turn(message["role"], text_of(message, "content", where, may_be_blank=message["role"] != "assistant"))
             for message in messages]
 
 
@@ -255,18 +253,18 @@ def main():
     parser.add_argument("file")
     parser.add_argument("--tokenizer", required=True, help="directory with tokenizer.json, or a tiktoken name")
     parser.add_argument("--chat-format", choices=("auto", *hf.CHAT_FORMATS), default="auto",
-                        help="auto: the one whose special tokens the tokenizer has")
+                        help="auto: the chat template beside the tokenizer, or what its special tokens suggest")
     parser.add_argument("--max-length", type=int, help="cut samples after so many tokens")
     parser.add_argument("-n", type=int, default=2, help="how many samples to show")
     args = parser.parse_args()
     if args.n < 0 or (args.max_length is not None and args.max_length < 1):
         raise UserError(f"-n is {args.n} and --max-length {args.max_length}; expected 0 or more, and 1 or more")
     tokenizer = hf.load_tokenizer(args.tokenizer)
-    chat_format = hf.find_format(args.chat_format, tokenizer)
+    chat_format = hf.load_chat_format(tokenizer.path and tokenizer.path.parent, tokenizer, args.chat_format)
     samples, counts = load_samples(args.file, tokenizer, chat_format, args.max_length)
-    print(f"chat format {chat_format}")
-    if difference := hf.compare_template(args.tokenizer, tokenizer, chat_format):
-        print(f"warning: {difference}")
+    print(f"chat format {chat_format.name}")
+    if chat_format.warning:
+        print(f"warning: {chat_format.warning}")
     for sample in samples[:args.n]:
         print(f"--- line {sample.line}: {len(sample.ids)} tokens, {sample.response.sum()} of response (between [[ and "
               "]])")

@@ -167,9 +167,8 @@ def open_models(columns, args):
     models = {}
     for path in (path for paths in columns.values() for path in paths):
         directory, config, tokenizer = hf.open_model(path, args.tokenizer)
-        chat_format = hf.find_format(args.chat_format, tokenizer)
-        stop = hf.stop_ids(config, hf.generation_config(directory), tokenizer, chat_format)
-        models[path] = OpenedModel(path, directory, config, tokenizer, chat_format, stop)
+        template_directory = None if args.tokenizer else directory
+        models[path] = OpenedModel(path, directory, config, tokenizer, template_directory, args.chat_format)
     return models
 
 
@@ -208,7 +207,7 @@ def add_flags(parser):
                         "pictures beside it (default: results.json)")
     parser.add_argument("--tokenizer", help="directory with tokenizer.json, or a tiktoken name; without: the model's")
     parser.add_argument("--chat-format", choices=("auto", *hf.CHAT_FORMATS), default="auto", help="of samples and "
-                        "prompts; auto: the one whose special tokens the tokenizer has (default: auto)")
+                        "prompts; auto: the model's own template, or what its special tokens suggest (default: auto)")
     parser.add_argument("--max-length", type=int, help="cut samples after so many tokens; without: where the model's "
                         "positions end")
     parser.add_argument("--group-size", type=int, default=256, help="g, in response tokens (default: 256)")

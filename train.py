@@ -85,7 +85,8 @@ class Settings:
     resume: bool = flag(True, "go on from the newest checkpoint in --out; --no-resume starts again over it",
                         action=argparse.BooleanOptionalAction)
     device: str = flag("auto", "auto: cuda if there is one, else cpu")
-    chat_format: str = flag("auto", "how turns become tokens; auto: by the tokenizer's special tokens",
+    chat_format: str = flag("auto", "how turns become tokens; auto: by the model's own chat template, or what its "
+                            "special tokens suggest",
                             choices=["auto", *hf.CHAT_FORMATS])
     tokenizer: str = flag("", "directory with tokenizer.json, or a tiktoken name; default: that of --init")
     n_layer: int = flag(4, "with --init scratch: layers", at_least=1)
@@ -150,6 +151,7 @@ class Start(NamedTuple):
     """What a run starts from."""
     config: object                   # the model's GPTConfig
     tokenizer: hf.Tokenizer
+    chat_format: hf.ChatFormat
     make_model: object               # () -> GPT with the starting weights
     directory: Path | None           # of the model; None: random weights
     files: dict                      # {name: [paths]} that were read, whose digests go into config.json
@@ -162,10 +164,9 @@ def finetune(settings, ranks):
                         "and --data (a JSONL file) together, or neither for the default job")
     start = open_start(settings)
     check_memory(start.config, settings, ranks)
-    settings = replace(settings, chat_format=hf.find_format(settings.chat_format, start.tokenizer))
-    if start.directory and ranks.rank == 0:
-        if difference := hf.compare_template(start.directory, start.tokenizer, settings.chat_format):
-            ranks.print(f"warning: {difference}")
+    settings = replace(settings, chat_format=start.chat_format.name)
+    if start.chat_format.warning:
+        ranks.print(f"warning: {start.chat_format.warning}")
     samples, validation = load_sets(settings, start, ranks)
     extra_files = files_of_the_model(settings, start, ranks)
     outs = {objective: Path(settings.out) / objective for objective in settings.objective}
@@ -204,10 +205,11 @@ def open_start(settings):
         files["init"] = [directory / "config.json", *hf.weight_files(directory)]
     if tokenizer.path:
         files["tokenizer"] = [tokenizer.path]
-        names_eos = tokenizer.path.with_name("tokenizer_config.json")
-        if names_eos.is_file():
-            files["tokenizer"].append(names_eos)
-    return Start(config, tokenizer, make_model, directory, files)
+        # They name the end of a text, and have the chat template.
+        beside = [tokenizer.path.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja")]
+        files["tokenizer"] += [path for path in beside if path.is_file()]
+    chat_format = hf.load_chat_format(None if settings.tokenizer else directory, tokenizer, settings.chat_format)
+    return Start(config, tokenizer, chat_format, make_model, directory, files)
 
 
 def scratch_config(settings, tokenizer):
@@ -231,7 +233,7 @@ def load_sets(settings, start, ranks):
             sets.append([])
             continue
         longest = settings.max_length or limit
-        samples, counts = load_samples(path, start.tokenizer, settings.chat_format, longest)
+        samples, counts = load_samples(path, start.tokenizer, start.chat_format, longest)
         ranks.print(f"{path}: {counts['samples']} samples, chat format {settings.chat_format}; {counts['cut']} cut at "
                     f"{longest} tokens, {counts['dropped']} dropped for want of a response token")
         sets.append(samples)
@@ -244,11 +246,11 @@ def load_sets(settings, start, ranks):
 def files_of_the_model(settings, start, ranks):
     """{file name: bytes} that go with the trained model: the tokenizer's, and where an answer ends."""
     generation = hf.generation_config(start.directory) if start.directory else {}
-    stop = hf.stop_ids(start.config, generation, start.tokenizer, settings.chat_format)
+    stop = hf.stop_ids(start.config, generation, start.tokenizer, start.chat_format)
     if not start.tokenizer.path:
         ranks.print(f"warning: {settings.tokenizer} is one of tiktoken's own: the model is saved without a "
                     "tokenizer.json")
-    return hf.files_beside_model(start.tokenizer, stop, generation)
+    return hf.files_beside_model(start.tokenizer, stop, generation, start.chat_format.template)
 
 
 def describe_run(settings, objective, files, samples, ranks):

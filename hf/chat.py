@@ -1,48 +1,82 @@
-"""Conversations to token ids: ChatML (SmolLM2, Qwen), Llama 3's chat format, and a plain one for any tokenizer."""
+"""Conversations to token ids, by chat templates: the model's own, or one of the built-in ones, which are templates too.
 
+A conversation is rendered once as a whole, and once up to each response, with the prompt for an answer. The whole is
+cut at the special tokens that the template wrote, and what lies between them is tokenised: the ids are those of
+transformers' `apply_chat_template`. A response begins where the prompt for it ends, at a token boundary, as it does
+when a model writes it.
+
+Characters that no text has (Unicode's noncharacters) stand in the contents while they are rendered:
+
+    HIDDEN      inside of what a content has of special tokens' spellings, which so stay text; and before each content
+    ENDS        around the number of a turn, after its content: there the turn is found again
+    UNTOUCHED   inside of <think> and </think>, for templates that would drop what stands between
+"""
+
+import itertools
 import json
+import re
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
+from hf.tokenizer import AddedToken
 from runtime.process import UserError
 
 
-class ChatFormat(NamedTuple):
-    """What stands around the text of a turn: special tokens ("<|...|>") and texts, in which {role} is the role."""
-    tokens: tuple = ()               # special tokens that it needs; the last one ends a response (without any: eos)
-    begin: tuple = ()                # before the first turn
-    header: tuple = ()               # before a turn
-    opening: str = ""                # the last text before that of the turn
-    end: tuple = ()                  # after a turn, but for the assistant's
-    after_response: tuple = ()       # after an assistant's turn and the token that ends it
-    strip: bool = False              # whether white space around the text goes
+HIDDEN, ENDS, UNTOUCHED = "\ufdd0", "\ufdd1", "\ufdd2"
+END = re.compile(f"{ENDS}[0-9]+{ENDS}")
+MARKS = re.compile(f"{END.pattern}|{HIDDEN}")
+NONCHARACTERS = re.compile(f"[{HIDDEN}{ENDS}{UNTOUCHED}]")
+THOUGHT_TAGS = ("<think>", "</think>")
+RENDER_SECONDS = 10                  # for a conversation
 
 
-CHAT_FORMATS = {
-    "plain": ChatFormat(end=("\n",)),
-    "chatml": ChatFormat(
-        tokens=("<|im_start|>", "<|im_end|>"),
-        header=("<|im_start|>",), opening="{role}\n", end=("<|im_end|>", "\n"), after_response=("\n",)),
-    "llama3": ChatFormat(
-        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        begin=("<|begin_of_text|>",), header=("<|start_header_id|>", "{role}", "<|end_header_id|>"), opening="\n\n",
-        end=("<|eot_id|>",), strip=True),
+class Turn(NamedTuple):
+    role: str | None                 # "system", "user", "assistant"; None: bare text, all of it response
+    content: str | None              # None in a last turn of the assistant: what a model is to write
+    thoughts: str | None = None      # reasoning_content of an assistant's turn
+    is_trained: bool = True          # False: an assistant's turn that is context only
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in templates
+
+class BuiltIn(NamedTuple):
+    tokens: tuple                    # special tokens that it needs; the last one ends a response
+    template: str
+
+
+BUILT_IN = {
+    "chatml": BuiltIn(
+        ("<|im_start|>", "<|im_end|>"),
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+        "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"),
+    "llama3": BuiltIn(
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "{{ '<|begin_of_text|>' }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+        "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"),
 }
+CHAT_FORMATS = ("plain", *BUILT_IN)
 
 
-def find_format(name, tokenizer):
-    """The chat format of --chat-format. "auto": llama3, chatml or plain, the first of them whose special tokens the
-    tokenizer has. Raises UserError."""
-    if name == "auto":
-        for name in reversed(CHAT_FORMATS):
-            if set(CHAT_FORMATS[name].tokens) <= tokenizer.special.keys():
-                return name
-    for token in CHAT_FORMATS[name].tokens:
-        if token not in tokenizer.special:
-            raise UserError(f"chat format {name} needs the special token {token}, which the tokenizer lacks")
-    return name
+def plain_template(tokenizer):
+    """Texts, a line break after those that are no response, the end-of-text after those that are."""
+    begin, end = (json.dumps(text, ensure_ascii=False) for text in ("".join(tokenizer.begin), eos_text(tokenizer)))
+    return ("{{ " + begin + " }}{% for message in messages %}{{ message['content'] }}"
+            "{% if message['role'] == 'assistant' %}{{ " + end + " }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}")
+
+
+def eos_text(tokenizer):
+    """Raises UserError where there is none."""
+    for text, i in tokenizer.special.items():
+        if i == tokenizer.eos_id:
+            return text
+    raise UserError("the tokenizer names no end-of-text token; expected eos_token in tokenizer_config.json or "
+                    "eos_token_id in config.json")
 
 
 def begin_ids(tokenizer):
@@ -50,119 +84,339 @@ def begin_ids(tokenizer):
     return [tokenizer.special[token] for token in tokenizer.begin]
 
 
-def encode_turns(messages, tokenizer, chat_format="plain"):
-    """(ids, whether each is response) of a conversation, [(role, text), ...]; role None is bare text and an eos.
-
-    A last turn of the assistant whose text is None is the one that a model is to write.
-    """
-    form = CHAT_FORMATS[chat_format]
-    end_of_response = tokenizer.special[form.tokens[-1]] if form.tokens else tokenizer.eos_id
-    pieces = [(encode_parts(form.begin, None, tokenizer), False)]         # (ids, whether they are response)
-    for role, text in messages:
-        if role is None:
-            pieces.append((tokenizer.encode(text) + [tokenizer.eos_id], True))
-            break
-        if form.strip and text is not None:
-            text = text.strip()
-        header = encode_parts(form.header, role, tokenizer)
-        opening = form.opening.format(role=role)
-        if role != "assistant":
-            end = encode_parts(form.end, role, tokenizer)
-            pieces.append((header + tokenizer.encode(opening + text) + end, False))
-            continue
-        # A response begins at a token boundary, as it does when the model writes it: the opening is encoded apart.
-        pieces.append((header + tokenizer.encode(opening), False))
-        if text is not None:
-            pieces.append((tokenizer.encode(text) + [end_of_response], True))
-            pieces.append((encode_parts(form.after_response, role, tokenizer), False))
-    ids, response = [], []
-    for piece, is_response in pieces:
-        ids += piece
-        response += [is_response] * len(piece)
-    return ids, response
-
-
-def encode_parts(parts, role, tokenizer):
-    """The ids of special tokens and texts of a ChatFormat, one after the other."""
-    ids = []
-    for part in parts:
-        if part.startswith("<|"):
-            ids.append(tokenizer.special[part])
-        else:
-            ids += tokenizer.encode(part.format(role=role))
-    return ids
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The model's own template, for comparison
+# Which template
 
-# A template is a program that we did not write: it runs in a sandbox, in a process of its own, in bounded time and
-# memory. Windows has no module `resource`: there only the time is bounded.
-RENDER = """
-import json, sys, time
-from jinja2 import sandbox  # which torch brings
-try:
-    import resource
-except ImportError:
-    resource = None
-if resource:
-    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
-    resource.setrlimit(resource.RLIMIT_AS, (2 ** 30, 2 ** 30))
-template, names = json.load(sys.stdin)
-environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols"])
-print(json.dumps(environment.from_string(template).render(strftime_now=time.strftime, **names)))
-"""
-RENDER_SECONDS = 60
+def load_chat_format(directory, tokenizer, name="auto"):
+    """The ChatFormat of a model directory (None: the tokenizer's) and a Tokenizer.
 
-
-def compare_template(directory, tokenizer, chat_format):
-    """What the chat template of a model directory makes of a question and its answer and we do not, in a sentence;
-    None if they agree or it has no template."""
-    turns = [("user", "QUESTION"), ("assistant", "ANSWER")]
-    try:
-        template = read_template(Path(directory))
-        if template is None:
-            return None
-        ids, _ = encode_turns(turns, tokenizer, chat_format)
-        ours = tokenizer.decode(ids)
-        theirs = render(template, turns, tokenizer)
-    except Exception as e:
-        # Whatever a program of others may do: bugs and all.
-        return (f"{directory}: its chat template could not be rendered ({str(e)[:200]}); chat format {chat_format} may "
-                "differ")
-    if ours == theirs:
-        return None
-    return f"{directory}: its chat template would write {theirs[:500]!r}, chat format {chat_format} writes {ours!r}"
+    name: "plain", "chatml", "llama3", or "auto": the directory's own template; without one the built-in format whose
+    token for the end of a response is the tokenizer's end-of-text; else the one whose special tokens it has; else
+    plain. Raises UserError, also where several fit.
+    """
+    if directory is None and tokenizer.path is not None:
+        directory = tokenizer.path.parent
+    own = read_template(Path(directory)) if directory else None
+    if name == "auto" and own is None:
+        name = guess_format(tokenizer, directory)
+    template = own if name == "auto" else built_in_template(name, tokenizer)
+    for known in CHAT_FORMATS:
+        # A run of ours has been saved with the template that it was trained in.
+        if name == "auto" and fits(known, tokenizer) and template == built_in_template(known, tokenizer):
+            name = known
+    chat_format = ChatFormat("own" if name == "auto" else name, template, tokenizer, directory)
+    if own is not None and template != own:
+        chat_format.warning = (f"{directory} has a chat template of its own, and --chat-format {name} is another "
+                               "format: the model may not know it")
+    return chat_format
 
 
 def read_template(directory):
-    """The chat template of a model directory, None if it has none. Raises exceptions of several kinds."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    config = directory / "tokenizer_config.json"
-    if not config.is_file():
-        return None
-    template = json.loads(config.read_bytes()).get("chat_template")
-    if isinstance(template, list):
-        # There are several, by name.
-        return next(entry["template"] for entry in template if entry["name"] == "default")
+    """The chat template of a model directory, None if it has none. Raises UserError."""
+    file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        if not config.is_file():
+            return None
+        template = json.loads(config.read_bytes()).get("chat_template")
+        if isinstance(template, list):
+            # There are several, by name.
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
+        if not isinstance(template, str | None):
+            raise TypeError(f"it is {type(template).__name__}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{directory}: its chat template cannot be read ({e!r}); expected one text, or --chat-format "
+                        f"{', '.join(CHAT_FORMATS)}") from None
     return template
 
 
-def render(template, turns, tokenizer):
-    """What the template writes. Raises exceptions of several kinds."""
-    bos_token = "<|begin_of_text|>"
-    names = {
-        "messages": [{"role": role, "content": text} for role, text in turns],
-        "tools": None,
-        "documents": None,
-        "bos_token": bos_token if bos_token in tokenizer.special else "",
-    }
-    done = subprocess.run([sys.executable, "-c", RENDER], input=json.dumps([template, names]), text=True,
-                          capture_output=True, timeout=RENDER_SECONDS)
-    if done.returncode != 0:
-        words = done.stderr.strip() or f"exit code {done.returncode}"
-        raise ValueError(words.splitlines()[-1])
-    return json.loads(done.stdout)
+def fits(name, tokenizer):
+    return name == "plain" or set(BUILT_IN[name].tokens) <= tokenizer.special.keys()
+
+
+def guess_format(tokenizer, directory):
+    fitting = [name for name in BUILT_IN if fits(name, tokenizer)]
+    by_eos = [name for name in fitting if tokenizer.special[BUILT_IN[name].tokens[-1]] == tokenizer.eos_id]
+    names = by_eos or fitting or ["plain"]
+    if len(names) > 1:
+        raise UserError(f"{directory or 'the tokenizer'} has no chat template, and tokens of {' and '.join(names)}; "
+                        "expected one of them, or plain, with --chat-format")
+    return names[0]
+
+
+def built_in_template(name, tokenizer):
+    """Raises UserError where the tokenizer lacks a token."""
+    if name == "plain":
+        return plain_template(tokenizer)
+    for token in BUILT_IN[name].tokens:
+        if token not in tokenizer.special:
+            raise UserError(f"chat format {name} needs the special token {token}, which the tokenizer lacks")
+    return BUILT_IN[name].template
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A template at work
+
+class ChatFormat:
+    """A chat template, and the tokenizer to whose ids it leads.
+
+    name: a built-in one's, or "own". template: its text. tokens: texts of the special tokens that it writes around a
+    question and its answer. end: the id that ends a response. warning: a sentence about the choice, "" without one.
+    Raises UserError for a template that cannot render a question and its answer.
+    """
+    warning = ""
+
+    def __init__(self, name, template, tokenizer, directory=None):
+        self.name, self.template, self.tokenizer = name, template, tokenizer
+        self.where = f"the chat template of {directory}" if name == "own" else f"chat format {name}"
+        self.renderer = Renderer(template, special_names(tokenizer))
+        self.added = added_tokens(tokenizer)
+        self.written = pattern_of(self.added)
+        self.drops_thoughts = False
+        self.look_at_an_example()
+
+    def look_at_an_example(self):
+        """Finds out which tokens the template writes, what ends a response, and what becomes of thoughts."""
+        example = [{"role": "user", "content": "Why?"},
+                   {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nSo."}]
+        whole, prompt = self.render(example, [(2, False), (1, True)])
+        self.drops_thoughts = "Hm." not in whole
+        self.tokens = [match[0].strip() for match in self.written.finditer(whole + prompt)]
+        self.tokens = [token for token in dict.fromkeys(self.tokens) if token not in THOUGHT_TAGS]
+        # A text that spells one of these stays text.
+        special = [text for text, token in self.added.items() if token.special]
+        self.lookalike = pattern_of({text: self.added[text] for text in [*special, *self.tokens]}, strip=False)
+        ids, response = self.encode([Turn("user", "Why?"), Turn("assistant", "So.")])
+        self.end = next(i for i, is_response in zip(reversed(ids), reversed(response)) if is_response)
+
+    def encode(self, turns):
+        """(ids, whether each is response) of a conversation, a list of Turn.
+
+        A last turn of the assistant whose content is None is the one that a model is to write: the ids end with the
+        prompt for it. Raises UserError where the template refuses the conversation or does not write all of it.
+        """
+        if turns[0].role is None:
+            begin = begin_ids(self.tokenizer)
+            ids = self.tokenizer.encode(turns[0].content) + [self.tokenizer.eos_id]
+            return begin + ids, [False] * len(begin) + [True] * len(ids)
+        written = [turn for turn in turns if turn.content is not None]
+        contents = [self.mark(number, turn) for number, turn in enumerate(written)]
+        messages = [self.message(turn, content) for turn, content in zip(written, contents)]
+        trained = [number for number, turn in enumerate(written) if turn.role == "assistant" and turn.is_trained]
+        asks = len(written) < len(turns)
+        whole, *prompts = self.render(messages, [(len(written), asks), *((number, True) for number in trained)])
+        if trained and trained[-1] == len(written) - 1:
+            whole = self.with_question(whole, trained[-1], contents[-1], prompts[-1])
+        ends = find_ends(whole)
+        for number, turn in enumerate(written):
+            self.check_turn(whole, ends, number, turn, contents[number])
+        responses = []
+        for number, prompt in zip(trained, prompts):
+            responses.append(self.find_response(whole, ends, number, contents[number], prompt))
+        return self.tokenise(whole, responses)
+
+    # Before rendering
+
+    def mark(self, number, turn):
+        """The content of a turn as the template gets it. Contents that are blank are as they were."""
+        text = turn.content
+        if NONCHARACTERS.search(text) or NONCHARACTERS.search(turn.thoughts or ""):
+            raise UserError("a text has one of the noncharacters U+FDD0 to U+FDD2; expected text")
+        inside = text.strip()
+        if not inside:
+            return text
+        before, after = text[:len(text) - len(text.lstrip())], text[len(text.rstrip()):]
+        inside = self.hide(inside)
+        if self.drops_thoughts and turn.role == "assistant":
+            for tag in THOUGHT_TAGS:
+                inside = inside.replace(tag, tag[0] + UNTOUCHED + tag[1:])
+        return f"{before}{HIDDEN}{inside}{ENDS}{number}{ENDS}{after}"
+
+    def hide(self, text):
+        return self.lookalike.sub(lambda match: match[0][0] + HIDDEN + match[0][1:], text)
+
+    def message(self, turn, content):
+        message = {"role": turn.role, "content": content}
+        if turn.thoughts is not None:
+            message["reasoning_content"] = self.hide(turn.thoughts)
+        return message
+
+    def render(self, messages, wanted):
+        try:
+            texts = self.renderer.render(messages, wanted)
+        except ValueError as e:
+            raise UserError(f"{self.where}: {e}; expected a conversation as it wants it, or another --chat-format "
+                            f"({', '.join(CHAT_FORMATS)})") from None
+        return [text.replace(UNTOUCHED, "") for text in texts]
+
+    # After it
+
+    def check_turn(self, whole, ends, number, turn, content):
+        """Raises UserError if the turn is not in the whole once, as it was given."""
+        if content == turn.content:
+            # It is blank.
+            return
+        spans = [span for span, other in ends if other == number]
+        content = content.replace(UNTOUCHED, "").strip()
+        given, written = turn.content, ""
+        if spans:
+            written = whole[end_before(ends, spans[0][0]):spans[0][0]]
+        if turn.role != "assistant" and spans and written.endswith(END.sub("", content)):
+            return
+        if turn.role == "assistant" and len(spans) == 1:
+            if not turn.is_trained:
+                # Thoughts of what is context may go.
+                given = given.rpartition("</think>")[2]
+            written = squeeze(MARKS.sub("", written))
+            if written.endswith(squeeze(given)) and squeeze(turn.thoughts or "") in written:
+                return
+        lost = f"turn {number + 1} ({turn.role}: {turn.content.strip()[:40]!r})"
+        if turn.thoughts is not None or "</think>" in given:
+            raise UserError(f"{self.where} does not write the thoughts of {lost}; expected them in a last turn, so one "
+                            "sample for each turn that has thoughts, in a form that it knows, or another --chat-format")
+        raise UserError(f"{self.where} does not write {lost} as it is; expected a conversation without it, or another "
+                        "--chat-format")
+
+    def with_question(self, whole, number, content, prompt):
+        """The whole; or, if the prompt for its last answer has turns that it lacks, that prompt and the answer: some of
+        Mistral's templates write a system text only where the last question has no answer yet."""
+        ends = find_ends(whole)
+        if [other for _, other in ends].count(number) != 1 or len(find_ends(prompt)) < len(ends):
+            return whole
+        begin, _ = self.find_response(whole, ends, number, content, prompt)
+        return prompt + whole[begin:]
+
+    def find_response(self, whole, ends, number, content, prompt):
+        """(begin, end) in the whole of a turn's response: what follows the prompt for it, up to the special token after
+        its content."""
+        (first, last), = [span for span, other in ends if other == number]
+        begin = end_before(ends, first)
+        region = whole[begin:first]
+        prompt = END.split(prompt)[-1]
+        begin += length_in_common(region, prompt, content.replace(UNTOUCHED, "").strip())
+        match = self.written.search(whole, last)
+        next_turn = min((span[0] for span, _ in ends if span[0] > first), default=len(whole))
+        if match is None or match.start() > next_turn:
+            raise UserError(f"{self.where} ends the assistant's turn with no special token; expected one, or another "
+                            "--chat-format")
+        return begin, match.end()
+
+    def tokenise(self, whole, responses):
+        ids, is_response = [], []
+        edges = [0, *itertools.chain(*responses), len(whole)]
+        for part, (start, stop) in enumerate(itertools.pairwise(edges)):
+            new = self.tokenise_part(whole[start:stop])
+            ids += new
+            is_response += [part % 2 == 1] * len(new)
+        return ids, is_response
+
+    def tokenise_part(self, text):
+        ids, position = [], 0
+        for match in self.written.finditer(text):
+            ids += self.tokenizer.encode_part(MARKS.sub("", text[position:match.start()]))
+            ids.append(self.added[match[0] if match[0] in self.added else match[0].strip()].id)
+            position = match.end()
+        return ids + self.tokenizer.encode_part(MARKS.sub("", text[position:]))
+
+
+def added_tokens(tokenizer):
+    """{text: AddedToken}: those of tokenizer.json, and the special ones that a built-in template may write."""
+    needed = [*tokenizer.begin, eos_text(tokenizer), *(token for form in BUILT_IN.values() for token in form.tokens)]
+    more = {text: AddedToken(tokenizer.special[text]) for text in needed if text in tokenizer.special}
+    return {**more, **tokenizer.added_tokens}
+
+
+def pattern_of(tokens, strip=True):
+    """A pattern of the texts of {text: AddedToken}, of two that begin alike the longer one; strip: with the white space
+    that they take along."""
+    patterns = []
+    for text in sorted(tokens, key=len, reverse=True):
+        before = r"\s*" if strip and tokens[text].lstrip else ""
+        after = r"\s*" if strip and tokens[text].rstrip else ""
+        patterns.append(before + re.escape(text) + after)
+    return re.compile("|".join(patterns) or "(?!)")
+
+
+def find_ends(text):
+    """[((first, last), number of the turn), ...]: where contents end."""
+    return [(match.span(), int(match[0].strip(ENDS))) for match in END.finditer(text)]
+
+
+def end_before(ends, position):
+    """Where the last content before this position ends."""
+    return max((span[1] for span, _ in ends if span[1] <= position), default=0)
+
+
+def squeeze(text):
+    return "".join(text.split())
+
+
+def length_in_common(region, prompt, content):
+    """How much of the region the prompt for its response has written: the region's content may not be cut into."""
+    length = 0
+    for character in prompt:
+        while region[length:length + 1] == HIDDEN:
+            length += 1
+        if region[length:length + 1] != character:
+            content = END.sub("", content)
+            return min(length, len(region) - len(content)) if region.endswith(content) else length
+        length += 1
+    return length
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process that renders
+
+class Renderer:
+    """A process that renders one template: in jinja2's sandbox, in bounded time and memory.
+
+    names: what the template may use beside messages. Raises ValueError, with the template's words, as `render` does.
+    """
+
+    def __init__(self, template, names):
+        command = [sys.executable, "-P", str(Path(__file__).with_name("renderer.py"))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True, encoding="ascii")
+        weakref.finalize(self, stop, self.process)
+        self.process.stdin.write(json.dumps([template, names]) + "\n")
+
+    def render(self, messages, wanted):
+        """The texts of what is wanted, [(how many of the messages, whether the prompt for an answer follows), ...]."""
+        timer = threading.Timer(RENDER_SECONDS, self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write(json.dumps([messages, wanted]) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except OSError:
+            line = ""
+        timer.cancel()
+        if not line.endswith("\n"):
+            raise ValueError(f"it takes more than {RENDER_SECONDS} s, or more memory than it may")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(f"it cannot be rendered: {answer['error']}")
+        return answer["texts"]
+
+
+def stop(process):
+    process.kill()
+    process.communicate()
+
+
+def special_names(tokenizer):
+    """{"bos_token": text, ...}: what transformers gives to a template of the special tokens."""
+    names = {}
+    if tokenizer.path is None:
+        return names
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = tokenizer.path.with_name(file)
+        if not path.is_file():
+            continue
+        for key, value in json.loads(path.read_bytes()).items():
+            if isinstance(value, dict):
+                value = value.get("content")
+            if key.endswith("_token") and isinstance(value, str):
+                names[key] = value
+    return names

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from hf.chat import CHAT_FORMATS
 from hf.config import load_config
 from hf.hub import find_directory
 from hf.tokenizer import load_tokenizer
@@ -87,13 +86,14 @@ def stop_ids(config, generation, tokenizer, chat_format):
     ids = list(config.eos_token_ids)
     ids += eos if isinstance(eos, list) else [eos]
     ids.append(tokenizer.eos_id)
-    ids += [tokenizer.special[token] for token in CHAT_FORMATS[chat_format].tokens[-1:]]
+    ids.append(chat_format.end)
     # In order, each once.
     return list(dict.fromkeys(i for i in ids if type(i) is int))
 
 
-def files_beside_model(tokenizer, stop, generation):
-    """{file name: bytes} of what goes with a trained model: the tokenizer's files, and a generation_config.json.
+def files_beside_model(tokenizer, stop, generation, template=None):
+    """{file name: bytes} of what goes with a trained model: the tokenizer's files, a generation_config.json, and the
+    chat template that it was trained in (None: none).
 
     generation: its content before; `stop` becomes its eos. What the chat format ends an answer with is in `stop`, so
     that other programs stop there too.
@@ -108,4 +108,9 @@ def files_beside_model(tokenizer, stop, generation):
         file = tokenizer.path.with_name(name)
         if file.is_file():
             files[name] = file.read_bytes()
+    if template is not None:
+        files["chat_template.jinja"] = template.encode()
+        # Older programs look for it here.
+        config = json.loads(files.get("tokenizer_config.json", b"{}"))
+        files["tokenizer_config.json"] = json.dumps({**config, "chat_template": template}, indent=2).encode()
     return files

@@ -15,18 +15,33 @@ from 0. A new task is such a file, and a line in eval.py's TASKS.
 """
 
 import argparse
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hf
 
-class OpenedModel(NamedTuple):
-    """A model that the command names, its weights unread."""
+
+@dataclass
+class OpenedModel:
+    """A model that the command names, its weights unread. Its chat format is not looked at where none is needed."""
     path: str                        # as the command names it
     directory: Path                  # where its files are
     config: Any                      # GPTConfig
     tokenizer: Any                   # hf.Tokenizer
-    chat_format: str                 # as --chat-format has it, never "auto"
-    stop: list                       # ids that end an answer
+    template_directory: Path | None  # None: the tokenizer's own
+    format_name: str                 # as --chat-format has it
+
+    @functools.cached_property
+    def chat_format(self):
+        """An hf.ChatFormat. Raises UserError."""
+        return hf.load_chat_format(self.template_directory, self.tokenizer, self.format_name)
+
+    @functools.cached_property
+    def stop(self):
+        """The ids that end an answer. Raises UserError."""
+        return hf.stop_ids(self.config, hf.generation_config(self.directory), self.tokenizer, self.chat_format)
 
 
 class Evaluation(NamedTuple):
@@ -39,7 +54,7 @@ class Evaluation(NamedTuple):
 
     def chat_formats(self):
         """Those of all models, for a title."""
-        return " and ".join(sorted({opened.chat_format for opened in self.models.values()}))
+        return " and ".join(sorted({opened.chat_format.name for opened in self.models.values()}))
 
 
 class Answers(NamedTuple):

@@ -193,7 +193,7 @@ def requests_of(item, tokenizer, layout, chat_format, positions):
     system = layout.system(item) if layout.system else ""
     requests = []
     if chat_format:
-        context, white_space = chat_context(system, prompt, tokenizer, chat_format)
+        context, white_space = chat_context(system, prompt, chat_format)
     else:
         context, white_space = hf.begin_ids(tokenizer) + tokenizer.encode(system + prompt), []
     for text in scored_texts(item, layout):
@@ -210,14 +210,14 @@ def requests_of(item, tokenizer, layout, chat_format, positions):
     return requests
 
 
-def chat_context(system, prompt, tokenizer, chat_format):
+def chat_context(system, prompt, chat_format):
     """(ids up to the last that is not white space, the rest) of a question in a chat format, ready for the answer."""
-    turns = [("user", prompt), ("assistant", None)]
+    turns = [hf.Turn("user", prompt), hf.Turn("assistant", None)]
     if system:
-        turns.insert(0, ("system", system))
-    ids, _ = hf.encode_turns(turns, tokenizer, chat_format)
+        turns.insert(0, hf.Turn("system", system))
+    ids, _ = chat_format.encode(turns)
     end = len(ids)
-    while not tokenizer.decode(ids[end - 1:]).strip():
+    while not chat_format.tokenizer.decode(ids[end - 1:]).strip():
         end -= 1
     return ids[:end], ids[end:]
 

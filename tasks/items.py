@@ -1,10 +1,8 @@
 """Files that tasks read: lines with certain keys, and samples that every model reads with its own tokenizer."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import hf
 from data import load_samples, read_jsonl
 from runtime.process import UserError
 
@@ -109,14 +107,6 @@ def choose_samples(samples, file, limit, lines):
 
 
 def warn_of_template(opened, ranks):
-    """Says once where a model's own chat template writes something else than the chat format that is used."""
-    if ranks.rank == 0:
-        difference = template_difference(opened.directory, opened.tokenizer, opened.chat_format)
-        if difference:
-            ranks.once(f"warning: {difference}")
-
-
-# Several tasks may ask the same models, and a template is rendered in a process of its own.
-@functools.cache
-def template_difference(directory, tokenizer, chat_format):
-    return hf.compare_template(directory, tokenizer, chat_format)
+    """Says once where a model is asked in another chat format than its own."""
+    if opened.chat_format.warning:
+        ranks.once(f"warning: {opened.chat_format.warning}")

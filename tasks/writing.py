@@ -76,8 +76,7 @@ def encode_questions(questions, new_tokens, evaluation):
         warn_of_template(opened, evaluation.ranks)
         encoded[path] = []
         for name, text in questions:
-            turns = [("user", text), ("assistant", None)]
-            ids, _ = hf.encode_turns(turns, opened.tokenizer, opened.chat_format)
+            ids, _ = opened.chat_format.encode([hf.Turn("user", text), hf.Turn("assistant", None)])
             positions = opened.config.max_positions
             if len(ids) + new_tokens > positions:
                 raise UserError(f"{path}: {name} has {len(ids)} tokens; expected, with {new_tokens} new ones, at most "
@@ -132,7 +131,7 @@ def warn_of_empty(texts, file, opened, evaluation):
 def answer_prompt(prompts, model, opened, evaluation):
     """Prints one model's answer to --prompt."""
     answer, = write_answers(prompts, model, opened, evaluation)
-    evaluation.ranks.print(f"--- {opened.path} ({opened.chat_format})\n{answer}")
+    evaluation.ranks.print(f"--- {opened.path} ({opened.chat_format.name})\n{answer}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def tokenizer(directory, rng, made):
         expected = None
     for i, text in enumerate(PROBES):
         ids = ours.encode(text)
-        hf.encode_turns([("user", text), ("assistant", text)], ours, "plain") if ours.eos_id is not None else None
+        hf.load_chat_format(None, ours, "plain").encode([hf.Turn("user", text), hf.Turn("assistant", text)]) if ours.eos_id is not None else None
         special = any(t and t in text and not (ours.added and ours.added.fullmatch(t)) for t in ours.special)   # the library reads those
         assert expected is None or special or ids == expected[i], (text, ids, expected[i])
         assert all(0 <= n < ours.n_vocab for n in ids) and isinstance(ours.decode(ids), str)

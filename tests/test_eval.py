@@ -124,18 +124,20 @@ def test_the_command_uses_the_chat_format_of_the_model(tmp_path, monkeypatch, ca
     item, = json.loads((tmp_path / "r.json").read_text())["tasks"][0]["items"][str(tmp_path)]
     assert item["nll"] == pytest.approx(-log_likelihood(model, ids[prompt] + ids[answer], len(ids[prompt])), abs=1e-4)
     expected, = model.generate([ids[prompt]], 5, stop=[ours.eos_id, ours.special["<|im_end|>"]])
-    assert f"(chatml)\n{ours.decode(expected)}\n" in capsys.readouterr().out
+    assert f"(own)\n{ours.decode(expected)}\n" in capsys.readouterr().out
 
 
-def test_a_template_that_writes_something_else_is_said_once(work, monkeypatch, capsys):
-    """Where the chat format is used: not by choice questions that are asked plain."""
+def test_another_format_than_the_model_s_own_is_said_once(work, monkeypatch, capsys):
+    """Where the chat format is used: not by choice questions that are asked plain, which a broken template does not disturb."""
     file = work / "base" / "tokenizer_config.json"
     before = file.read_text()
     file.write_text(json.dumps({**json.loads(before), "chat_template": "Q: {{ messages[0].content }}"}))
     evaluate(monkeypatch, work, "base", "--tasks", "choice", "--data", "choice.jsonl", "--limit", "2")
-    assert "its chat template" not in capsys.readouterr().out
-    evaluate(monkeypatch, work, "base", "--tasks", "choice", "nll", "nll", "--data", "choice.jsonl", "samples.jsonl", "samples.jsonl", "--limit", "2", "--chat")
-    assert capsys.readouterr().out.count("its chat template would write 'Q: QUESTION'") == 1
+    assert call(monkeypatch, work / "base", "--tasks", "nll", "--data", work / "samples.jsonl", "--out", work / "r.json") == 2
+    assert "the chat template of" in capsys.readouterr().err
+    evaluate(monkeypatch, work, "base", "--tasks", "choice", "nll", "nll", "--data", "choice.jsonl", "samples.jsonl", "samples.jsonl", "--limit", "2", "--chat",
+             "--chat-format", "plain")
+    assert capsys.readouterr().out.count("base has a chat template of its own, and --chat-format plain is another format") == 1
     file.write_text(before)
 
 
@@ -193,11 +195,11 @@ def test_layouts_chat_and_limit_reach_the_scores(work, monkeypatch, capsys):
                      "samples.jsonl", "choice.jsonl", "--limit", "5", "--chat")
     model, tokenizer = hf.load_model(work / "base"), hf.load_tokenizer(work / "base")
     for task, layout in zip(tasks[::2], ("cloze", "mmlu")):
-        expected = choice_items(model, tokenizer, load_choice(work / "choice.jsonl")[:5], layout=layout, chat_format="chatml")
-        assert (task["layout"], task["chat"], task["majority"]) == (layout, "chatml", 0.4)
+        expected = choice_items(model, tokenizer, load_choice(work / "choice.jsonl")[:5], layout=layout, chat_format=hf.load_chat_format(work / "base", tokenizer))
+        assert (task["layout"], task["chat"], task["majority"]) == (layout, "own", 0.4)
         assert [x["loglik"] for x in task["items"]["base"]] == [pytest.approx(x["loglik"], abs=1e-5) for x in expected]
     assert len(tasks[1]["items"]["base"]) == 5
-    assert "mmlu layout, chatml chat format (always the most frequent answer: 40.0%)" in capsys.readouterr().out
+    assert "mmlu layout, own chat format (always the most frequent answer: 40.0%)" in capsys.readouterr().out
     one_layout = evaluate(monkeypatch, work, "base", "--tasks", "choice", "choice", "--layout", "mmlu", "--data", "choice.jsonl", "choice.jsonl", "--limit", "5")
     assert [(task["layout"], task["chat"]) for task in one_layout] == [("mmlu", False)] * 2
 
@@ -220,7 +222,7 @@ def test_one_rank_and_two_give_the_same(work, tmp_path, monkeypatch, capsys):
     done = forked(2, ROOT / "eval.py", *argv, "2.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for out in (capsys.readouterr().out, done.stdout):
-        assert out.count(f"--- {work / 'base'} (chatml)") == out.count("per-item scores") == 1
+        assert out.count(f"--- {work / 'base'} (own)") == out.count("per-item scores") == 1
     saved = [json.loads((tmp_path / f"{ranks}.json").read_text())["tasks"] for ranks in (1, 2)]
     compared = 0
     for one, two in zip(*saved, strict=True):

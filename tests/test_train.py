@@ -151,10 +151,12 @@ def test_a_real_checkpoint_goes_in_and_comes_out(tmp_path, monkeypatch, data_fil
     import transformers
     assert call(monkeypatch, "--init", checkpoint, "--data", data_file, "--steps", 3, *REAL, *lora, "--out", tmp_path) == 0
     out, model, tokenizer = capsys.readouterr().out, tmp_path / "model", hf.load_tokenizer(checkpoint)
-    assert "chat format chatml" in out
-    assert out.count("You are kind.") == 1                                # what its own template would add, once
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    assert "chat format own" in out
+    for file in ("tokenizer.json", "chat_template.jinja"):
         assert (model / file).read_bytes() == (checkpoint / file).read_bytes()
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    template = config.pop("chat_template")
+    assert template == (checkpoint / "chat_template.jinja").read_text() and config == json.loads((checkpoint / "tokenizer_config.json").read_text())
     generation = json.loads((model / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [tokenizer.eos_id, 77, tokenizer.special["<|im_end|>"]] and generation["temperature"] == 0.5
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model)
@@ -192,9 +194,9 @@ def test_the_loop_trains_on_the_chat_format_from_the_weights_given(tmp_path, mon
     assert call(monkeypatch, "--init", base, "--data", data_file, "--steps", 1, "--batch-size", 100, "--lr", 1e-12, "--dtype", "bfloat16",
                 *lora, "--out", tmp_path / "run") == 0
     assert loaded[0].layers[0].mlp.up_proj.weight.dtype == (torch.bfloat16 if lora else torch.float32)   # frozen in it, or trained
-    tokenizer, model, nll = hf.load_tokenizer(base), hf.load_model(base), []
+    chat_format, model, nll = hf.load_chat_format(base, hf.load_tokenizer(base)), hf.load_model(base), []
     for _, row in read_jsonl(data_file):
-        ids, response = hf.encode_turns([("user", row["prompt"]), ("assistant", row["response"])], tokenizer, "chatml")
+        ids, response = chat_format.encode([hf.Turn("user", row["prompt"]), hf.Turn("assistant", row["response"])])
         with torch.no_grad():
             logp = model(torch.tensor([ids]))[0].log_softmax(-1)
         nll += [-logp[t - 1, ids[t]].item() for t in range(len(ids)) if response[t]]
@@ -392,7 +394,7 @@ def test_fine_tuning_starts_from_the_model_given(tmp_path, monkeypatch, data_fil
     a, b = (load_safetensors(tmp_path / x / "model" / "model.safetensors") for x in ("base", "tuned"))
     assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a)
     assert {p.name for p in (tmp_path / "tuned" / "model").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.mark.slow

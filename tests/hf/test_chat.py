@@ -1,17 +1,25 @@
-"""Chat formats against rendered templates, and what ends an answer."""
+"""Chat formats: ids against transformers, what is response, what contents cannot do, and templates that others wrote."""
 
+import itertools
 import json
+import random
+import time
 
 import pytest
+from chat_templates import CHATML_TURNS, ORDINARY, PUBLISHED, SPECIAL, chat_directory
 from support import ASSETS, tiny
-from tokenizer_files import CHATML, LLAMA3, SPECIAL, assets_with, build
+from tokenizer_files import assets_with, strings
 
 import data
 import hf
+from hf import chat
+from hf.chat import Turn
 from runtime.process import UserError
 
 
-TURNS = [("system", "Be brief."), ("user", "\nWhy? \n"), ("assistant", "So. "), ("user", "And 'p53'?"), ("assistant", "It  depends.")]
+TURNS = [Turn("system", "Be brief."), Turn("user", "\nWhy? \n"), Turn("assistant", "So. "), Turn("user", "And 'p53'?"),
+         Turn("assistant", "It  depends.")]
+THOUGHT = "<think>\nHm.\n</think>\n\nIt depends."
 
 
 @pytest.fixture
@@ -20,117 +28,313 @@ def tokenizer(tmp_path):
     return hf.load_tokenizer(assets_with(tmp_path / "tokenizer"))
 
 
+def load(directory, name="auto"):
+    return hf.load_chat_format(directory, hf.load_tokenizer(directory), name)
+
+
+def with_template(directory, template):
+    """The ChatFormat of assets' tokenizer, the special tokens of all formats, and this template."""
+    directory.mkdir(exist_ok=True)
+    assets_with(directory)
+    (directory / "chat_template.jinja").write_text(template)
+    return load(directory)
+
+
+def marked(chat_format, turns):
+    """The text of a conversation, its responses between [[ and ]]."""
+    ids, response = chat_format.encode(turns)
+    text = ""
+    for is_response, group in itertools.groupby(zip(ids, response), key=lambda pair: pair[1]):
+        part = chat_format.tokenizer.decode([i for i, _ in group])
+        text += f"[[{part}]]" if is_response else part
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ids
+
+def conversations(count, seed=0):
+    """Lists of messages: with and without a system text, of 1 to 4 rounds, some with thoughts in the last answer."""
+    rng = random.Random(seed)
+    texts = [text for text in strings(2000) if text.strip() and not any(token in text for token in SPECIAL + ORDINARY)]
+    for _ in range(count):
+        messages = []
+        if rng.random() < 0.4:
+            messages.append({"role": "system", "content": rng.choice(texts)})
+        for _ in range(rng.randint(1, 4)):
+            messages.append({"role": "user", "content": rng.choice(texts)})
+            messages.append({"role": "assistant", "content": rng.choice(texts)})
+        if rng.random() < 0.3:
+            messages[-1]["content"] = f"<think>\n{rng.choice(texts).strip()}\n</think>\n\n{rng.choice(texts).strip()}"
+        yield messages
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name,template", [("chatml", CHATML), ("llama3", LLAMA3)])
-def test_a_conversation_is_what_the_template_makes_of_it(tmp_path, name, template):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ids_are_those_of_transformers(tmp_path, name):
     import transformers
-    build("llama3", tmp_path)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|begin_of_text|>")
-    theirs.chat_template = template
-    ours = hf.load_tokenizer(tmp_path)
-    messages = [{"role": role, "content": text} for role, text in TURNS]
-    ids, response = hf.encode_turns(TURNS, ours, name)
-    assert ids == theirs.apply_chat_template(messages, return_dict=False)
-    asked, _ = hf.encode_turns([*TURNS[:4], ("assistant", None)], ours, name)
-    assert asked == theirs.apply_chat_template(messages[:4], add_generation_prompt=True, return_dict=False)
-    answers = "So. <|im_end|>It  depends.<|im_end|>" if name == "chatml" else "So.<|eot_id|>It  depends.<|eot_id|>"
-    assert ours.decode([i for i, r in zip(ids, response) if r]) == answers
-    assert hf.compare_template(tmp_path, ours, name) is None              # it has no template
+    chat_format = load(chat_directory(tmp_path / "model", name, library=True))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    decode = chat_format.tokenizer.decode
+    compared = 0
+    for messages in conversations(120):
+        turns = [Turn(message["role"], message["content"]) for message in messages]
+        has_thoughts = "</think>" in turns[-1].content
+        if name.startswith("R1") and has_thoughts:
+            # Its template drops them; we keep them. See below.
+            continue
+        if name == "Mistral, unanswered" and turns[0].role == "system":
+            continue
+        expected = theirs.apply_chat_template(messages, return_dict=False, date_string="26 Jul 2024")
+        asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024")
+        ids, response = chat_format.encode(turns)
+        ours, _ = chat_format.encode([*turns[:-1], Turn("assistant", None)])
+        # A response begins at a token boundary, where one-piece tokenisation joins white space with what precedes.
+        if any(turn.role == "assistant" and turn.content[0].isspace() for turn in turns):
+            assert (decode(ids), decode(ours)) == (decode(expected), decode(asked))
+            continue
+        assert (ids, ours) == (expected, asked), messages
+        assert sum(response) > sum(turn.role == "assistant" for turn in turns)
+        compared += 1
+    assert compared >= 50
 
 
-# What is response stands between [ and ].
-WRITTEN = {
-    "plain": "Be brief.\n\nWhy? \n\n[So. <|endoftext|>]And 'p53'?\n[It  depends.<|endoftext|>]",
-    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n\nWhy? \n<|im_end|>\n<|im_start|>assistant\n[So. <|im_end|>]\n"
-              "<|im_start|>user\nAnd 'p53'?<|im_end|>\n<|im_start|>assistant\n[It  depends.<|im_end|>]\n",
+# Checked by eye once: what each family trains on of two rounds with thoughts in the last answer.
+RESPONSES = {
+    "SmolLM2": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n[[So.<|im_end|>]]\n"
+               f"<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n[[{THOUGHT}<|im_end|>]]\n",
+    "Llama 3.1": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+                 "Be brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+                 "[[So.<|eot_id|>]]<|start_header_id|>user<|end_header_id|>\n\nAnd?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+                 f"[[{THOUGHT}<|eot_id|>]]",
+    # The prompt for an answer ends with <think> and a line break: they are no response.
+    "R1-Distill-Qwen": "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Why?<｜Assistant｜>[[So.<｜end▁of▁sentence｜>]]<｜User｜>And?<｜Assistant｜><think>\n"
+                       "[[Hm.\n</think>\n\nIt depends.<｜end▁of▁sentence｜>]]",
+    "Mistral": "<s>[INST] Why?[/INST][[ So.</s>]][INST] Be brief.\n\nAnd?[/INST][[ " + THOUGHT + "</s>]]",
+    "Phi-4-mini": f"<|system|>Be brief.<|end|><|user|>Why?<|end|><|assistant|>[[So.<|end|>]]<|user|>And?<|end|><|assistant|>[[{THOUGHT}<|end|>]]"
+                  "<|endoftext|>",
+    "Gemma 3": "<bos><start_of_turn>user\nBe brief.\n\nWhy?<end_of_turn>\n<start_of_turn>model\n[[So.<end_of_turn>]]\n"
+               f"<start_of_turn>user\nAnd?<end_of_turn>\n<start_of_turn>model\n[[{THOUGHT}<end_of_turn>]]\n",
+}
+RESPONSES["Qwen2.5"] = RESPONSES["Qwen3"] = RESPONSES["generation"] = RESPONSES["SmolLM2"]
+RESPONSES["R1-Distill-Llama"] = RESPONSES["R1-Distill-Qwen"]
+RESPONSES["ChatML on Llama 3"] = "<|begin_of_text|>" + RESPONSES["SmolLM2"]
+# Its template writes the system text for a question alone; so does what we train on.
+RESPONSES["Mistral, unanswered"] = RESPONSES["Mistral"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_response_of_each_family(tmp_path, name):
+    turns = [Turn("system", "Be brief."), Turn("user", "Why?"), Turn("assistant", "So."), Turn("user", "And?"), Turn("assistant", THOUGHT)]
+    chat_format = load(chat_directory(tmp_path / "model", name))
+    assert marked(chat_format, turns) == RESPONSES[name]
+    assert chat_format.tokenizer.decode([chat_format.end]) == RESPONSES[name].split("]]")[0][-len(chat_format.tokenizer.decode([chat_format.end])):]
+    # A turn that is not trained on is the same text, and no response.
+    silent = [turns[0], turns[1], turns[2]._replace(is_trained=False), *turns[3:]]
+    ids, response = chat_format.encode(silent)
+    assert ids == chat_format.encode(turns)[0] and sum(response) < sum(chat_format.encode(turns)[1])
+    assert marked(chat_format, silent).count("[[") == 1
+
+
+def test_thoughts_in_a_key_of_their_own(tmp_path):
+    question, answer = Turn("user", "Well?"), Turn("assistant", "Yes.", thoughts="Because so.")
+    qwen3 = load(chat_directory(tmp_path / "qwen3", "Qwen3"))
+    assert marked(qwen3, [question, answer]).endswith("[[<think>\nBecause so.\n</think>\n\nYes.<|im_end|>]]\n")
+    # Without thoughts the last answer has empty ones, as its template writes them.
+    assert marked(qwen3, [question, answer._replace(thoughts=None)]).endswith("[[<think>\n\n</think>\n\nYes.<|im_end|>]]\n")
+    with pytest.raises(UserError, match="does not write the thoughts of turn 2"):
+        load(chat_directory(tmp_path / "smol", "SmolLM2")).encode([question, answer])
+    # An earlier turn would lose them.
+    for earlier in (answer, Turn("assistant", THOUGHT)):
+        with pytest.raises(UserError, match="one sample for each turn that has thoughts"):
+            qwen3.encode([question, earlier, question, Turn("assistant", "No.")])
+    context = [question, Turn("assistant", THOUGHT, is_trained=False), question, Turn("assistant", "No.")]
+    assert "Hm." not in marked(qwen3, context) and "It depends." in marked(qwen3, context)
+
+
+# What is response stands between [[ and ]].
+BUILT_IN = {
+    "plain": "Be brief.\n\nWhy? \n\n[[So. <|endoftext|>]]And 'p53'?\n[[It  depends.<|endoftext|>]]",
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n\nWhy? \n<|im_end|>\n<|im_start|>assistant\n[[So. <|im_end|>]]\n"
+              "<|im_start|>user\nAnd 'p53'?<|im_end|>\n<|im_start|>assistant\n[[It  depends.<|im_end|>]]\n",
     "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n[So.<|eot_id|>]<|start_header_id|>user<|end_header_id|>\n\nAnd 'p53'?<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n[It  depends.<|eot_id|>]",
+              "<|start_header_id|>assistant<|end_header_id|>\n\n[[So.<|eot_id|>]]<|start_header_id|>user<|end_header_id|>\n\nAnd 'p53'?<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n[[It  depends.<|eot_id|>]]",
 }
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_every_format_writes_and_marks_its_turns(tokenizer, name):
-    ids, response = hf.encode_turns(TURNS, tokenizer, name)
-    assert "".join(marked_tokens(ids, response, tokenizer)) == WRITTEN[name]
-    asked, response = hf.encode_turns([*TURNS[:4], ("assistant", None)], tokenizer, name)
-    assert asked == ids[:len(asked)] and tokenizer.decode(asked) == WRITTEN[name][:WRITTEN[name].rindex("[")].replace("[", "").replace("]", "")
-    assert response[-1] is False
-    assert {tokenizer.special[token] for token in SPECIAL if token in WRITTEN[name]} <= set(ids)   # as tokens, not as text
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_format_writes_and_marks_its_turns(tmp_path, name):
+    no_begin = [token for token in SPECIAL if token != "<|begin_of_text|>" or name == "llama3"]
+    tokenizer = hf.load_tokenizer(assets_with(tmp_path, no_begin))
+    chat_format = hf.load_chat_format(None, tokenizer, name)
+    assert marked(chat_format, TURNS) == BUILT_IN[name]
+    ids, _ = chat_format.encode(TURNS)
+    asked, response = chat_format.encode([*TURNS[:4], Turn("assistant", None)])
+    assert asked == ids[:len(asked)] and not response[-1]
+    assert tokenizer.decode(asked) == BUILT_IN[name].rpartition("[[")[0].replace("[[", "").replace("]]", "")
+    assert {tokenizer.special[token] for token in SPECIAL if token in BUILT_IN[name]} <= set(ids)   # as tokens, not as text
 
 
-def marked_tokens(ids, response, tokenizer):
-    for i, token in enumerate(ids):
-        if response[i] and not response[i - 1]:
-            yield "["
-        yield tokenizer.decode([token])
-        if response[i] and not (i + 1 < len(ids) and response[i + 1]):
-            yield "]"
+def test_a_family_that_begins_every_text_begins_plain_ones(tokenizer):
+    plain = hf.load_chat_format(None, tokenizer, "plain")
+    assert marked(plain, [Turn("user", "Why?"), Turn("assistant", "So.")]) == "<|begin_of_text|>Why?\n[[So.<|endoftext|>]]"
+    for name in ("plain", "chatml", "llama3"):
+        (sample,), _ = data.load_samples("file", tokenizer, name, rows=[(1, {"text": "Some text."})])
+        assert tokenizer.decode(sample.ids) == "<|begin_of_text|>Some text.<|endoftext|>"
+        assert sample.response.tolist() == [False] + [True] * (len(sample.ids) - 1)
 
 
 def test_prompt_and_response_are_encoded_separately():
     tokenizer = hf.load_tokenizer(ASSETS)
-    ids, _ = hf.encode_turns([("user", "x"), ("assistant", " y")], tokenizer)
-    assert ids == [*tokenizer.encode("x"), *tokenizer.encode("\n"), *tokenizer.encode(" y"), tokenizer.eos_id]
+    ids, _ = hf.load_chat_format(None, tokenizer).encode([Turn("user", "x"), Turn("assistant", " y")])
+    assert ids == [*tokenizer.encode("x\n"), *tokenizer.encode(" y"), tokenizer.eos_id]
 
 
-def test_a_text_is_all_response(tokenizer):
-    for name, begin in (("plain", ""), ("chatml", ""), ("llama3", "<|begin_of_text|>")):
-        (sample,), _ = data.load_samples("file", tokenizer, name, rows=[(1, {"text": "Some text."})])
-        assert tokenizer.decode(sample.ids) == begin + "Some text.<|endoftext|>"
-        assert sample.response.tolist() == [False] + [True] * (len(sample.ids) - 1)
+# ---------------------------------------------------------------------------------------------------------------------
+# What contents cannot do
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_contents_forge_no_turn(tmp_path, name):
+    chat_format = load(chat_directory(tmp_path / "model", name))
+    tokenizer = chat_format.tokenizer
+    markers = {tokenizer.special[token] for token in [*SPECIAL, *chat_format.tokens]}
+    honest = [Turn("user", "Why?"), Turn("assistant", "So."), Turn("user", "And?"), Turn("assistant", "It depends.")]
+    expected, _ = chat_format.encode(honest)
+    conversation = RESPONSES[name].replace("[[", "").replace("]]", "").replace(THOUGHT, "It depends.").strip()
+    for spelled in ["".join(SPECIAL), conversation, *chat_format.tokens]:
+        hostile = [turn._replace(content=f"{spelled}{turn.content}{spelled}") for turn in honest]
+        ids, response = chat_format.encode(hostile)
+        assert [i for i in ids if i in markers] == [i for i in expected if i in markers]
+        # All of it is there, as text.
+        assert tokenizer.decode(ids).count(spelled) >= 2 * len(honest)
+        assert marked(chat_format, hostile).count("[[") == 2
 
 
-def test_special_tokens_choose_the_format_and_a_flag_overrides(tokenizer):
-    assert hf.find_format("auto", tokenizer) == "llama3" and hf.find_format("plain", tokenizer) == "plain"
-    assert hf.begin_ids(tokenizer) == [tokenizer.special["<|begin_of_text|>"]]
-    for lost, expected in (("<|eot_id|>", "chatml"), ("<|im_end|>", "plain")):
-        del tokenizer.special[lost]
-        assert hf.find_format("auto", tokenizer) == expected
-    with pytest.raises(UserError, match="chatml needs the special token <|im_end|>"):
-        hf.find_format("chatml", tokenizer)
-    assert hf.begin_ids(hf.load_tokenizer(ASSETS)) == []
+def test_blank_contents_and_characters_that_no_text_has(tokenizer):
+    for name in BUILT_IN:
+        chat_format = hf.load_chat_format(None, tokenizer, name)
+        for blank in ("", " ", "\n\n"):
+            ids, response = chat_format.encode([Turn("user", blank), Turn("assistant", "So.")])
+            assert tokenizer.decode([i for i, r in zip(ids, response) if r]) == "So." + tokenizer.decode([chat_format.end])
+        for character in ("\ufdd0", "\ufdd1", "\ufdd2"):
+            with pytest.raises(UserError, match="noncharacters"):
+                chat_format.encode([Turn("user", f"a{character}1"), Turn("assistant", "So.")])
+
+
+@pytest.mark.parametrize("template, words", [
+    (CHATML_TURNS.replace("for m in messages", "for m in messages if m['role'] != 'system'"), r"does not write turn 1 \(system: 'Be brief.'\)"),
+    (CHATML_TURNS.replace("m['content']", "m['content'][:40]"), "does not write turn"),
+    (CHATML_TURNS.replace("m['content']", "(m['content'] | upper)"), "does not write turn 1"),
+    (CHATML_TURNS.replace("+ '<|im_end|>\n'", ""), "ends the assistant's turn with no special token"),
+    ("{{ raise_exception('only one round') if messages | length > 3 }}" + CHATML_TURNS, "only one round; expected a conversation"),
+])
+def test_what_a_template_does_not_write_is_an_error(tmp_path, template, words):
+    turns = [TURNS[0], *TURNS[1:3], Turn("user", "x" * 60), Turn("assistant", "y" * 60)]
+    with pytest.raises(UserError, match=words):
+        with_template(tmp_path / "model", template).encode(turns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which format
+
+def test_which_format_a_directory_has(tmp_path):
+    def choose(name="auto", special=SPECIAL, eos="<|endoftext|>", template=None):
+        directory = assets_with(tmp_path, special)
+        (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos, **({"chat_template": template} if template else {})}))
+        return load(directory, name)
+
+    chatml, llama3 = SPECIAL[:3], SPECIAL[3:7]
+    assert choose(special=[]).name == "plain"
+    assert choose(special=chatml).name == "chatml" and choose(special=llama3).name == "llama3"
+    # Both fit: the end of a text tells, or the user must.
+    assert choose(eos="<|im_end|>").name == "chatml" and choose(eos="<|eot_id|>").name == "llama3"
+    with pytest.raises(UserError, match="no chat template, and tokens of chatml and llama3; expected one of them"):
+        choose()
+    assert choose("plain").name == "plain" and choose("llama3").warning == ""
+    with pytest.raises(UserError, match="chatml needs the special token <|im_start|>"):
+        choose("chatml", special=[])
+    # Its own template goes before all that, also where there are several.
+    for template in (CHATML_TURNS, [{"name": "tools", "template": ""}, {"name": "default", "template": CHATML_TURNS}]):
+        own = choose(eos="<|eot_id|>", template=template)
+        assert (own.name, own.template, own.warning) == ("own", CHATML_TURNS, "")
+    other = choose("plain", template=CHATML_TURNS)
+    assert "has a chat template of its own, and --chat-format plain is another format" in other.warning
+    (tmp_path / "chat_template.jinja").write_text(PUBLISHED["Phi-4-mini"].template)   # transformers 5's place for it, which wins
+    assert choose(special=[*SPECIAL], template=CHATML_TURNS).template == PUBLISHED["Phi-4-mini"].template
+    for wrong in (17, [{"name": "tools", "template": ""}], {"default": ""}):
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+        with pytest.raises(UserError, match="its chat template cannot be read"):
+            choose(template=wrong)
 
 
 def test_an_answer_ends_where_model_tokenizer_or_chat_format_say(tokenizer):
     im_end = tokenizer.special["<|im_end|>"]
     model = tiny(vocab_size=tokenizer.n_vocab, eos_token_id=tokenizer.eos_id)
     config = hf.config_from_dict({**model.config.hf, "eos_token_id": [11, 12]})
-    assert hf.stop_ids(config, {"eos_token_id": 13}, tokenizer, "chatml") == [11, 12, 13, tokenizer.eos_id, im_end]
-    assert hf.stop_ids(model.config, {}, tokenizer, "plain") == [tokenizer.eos_id]
+    chatml, plain = (hf.load_chat_format(None, tokenizer, name) for name in ("chatml", "plain"))
+    assert hf.stop_ids(config, {"eos_token_id": 13}, tokenizer, chatml) == [11, 12, 13, tokenizer.eos_id, im_end]
+    assert hf.stop_ids(model.config, {}, tokenizer, plain) == [tokenizer.eos_id]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_saved_directory_has_the_template_that_it_was_trained_in(tmp_path, name):
+    """Ours finds the format again, and transformers writes the same ids."""
+    import transformers
+    directory = chat_directory(tmp_path / "model", "Llama 3.1", library=True)
+    chat_format = load(directory, name)
+    (tmp_path / "saved").mkdir()
+    for file, content in hf.files_beside_model(chat_format.tokenizer, [3, 4], {}, chat_format.template).items():
+        (tmp_path / "saved" / file).write_bytes(content)
+    again = load(tmp_path / "saved")
+    assert (again.name, again.template, again.warning) == (name, chat_format.template, "")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    messages = [{"role": turn.role, "content": turn.content} for turn in TURNS]
+    assert theirs.apply_chat_template(messages, return_dict=False) == chat_format.encode(TURNS)[0]
+    older = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert older["chat_template"] == chat_format.template and older["eos_token"] == "<|eot_id|>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model's own template
+# Templates are programs that others wrote
 
-def test_a_template_that_does_more_is_quoted(tokenizer, tmp_path):
-    config, file = tmp_path / "tokenizer_config.json", tmp_path / "chat_template.jinja"
-    for written in ({"chat_template": CHATML}, {"chat_template": [{"name": "tools", "template": ""}, {"name": "default", "template": CHATML}]}):
-        config.write_text(json.dumps(written))
-        assert hf.compare_template(tmp_path, tokenizer, "chatml") is None
-    assert "<|start_header_id|>" in hf.compare_template(tmp_path, tokenizer, "llama3")   # another format than the directory's
-    system = "{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}"
-    file.write_text(system + CHATML)                                      # transformers 5's place for it, which wins
-    words = hf.compare_template(tmp_path, tokenizer, "chatml")
-    assert "would write '<|im_start|>system\\nYou are kind.<|im_end|>" in words and words.count("QUESTION") == 2
-    file.write_text(LLAMA3)
-    assert hf.compare_template(tmp_path, tokenizer, "llama3") is None     # it is given the begin token
-    file.write_text(
-        "{% if tools is not none or documents is not none or strftime_now('%Y') < '2025' %}{{ raise_exception() }}{% endif %}" + CHATML)
-    assert hf.compare_template(tmp_path, tokenizer, "chatml") is None     # what transformers gives to every template
-
-
-def test_a_template_that_fails_is_a_sentence(tokenizer, tmp_path):
-    for broken in ("{% if %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", "{{ 'a' * 6000000000 }}"):
-        (tmp_path / "chat_template.jinja").write_text(broken)
-        assert "could not be rendered" in hf.compare_template(tmp_path, tokenizer, "chatml")
+@pytest.mark.parametrize("hostile", [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{% set ns = namespace(a='a') %}{% for i in range(40) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ ns.a }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.append(1) }}",
+    "{{ self.__init__.__globals__ }}",
+    "{% include '/etc/passwd' %}",
+    "{% if %}",
+    "{{ 10 ** (10 ** 10) }}",
+])
+def test_a_hostile_template_is_refused_in_bounded_time(tmp_path, monkeypatch, hostile):
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 2)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="the chat template of .*; expected a conversation"):
+        with_template(tmp_path / "model", hostile + CHATML_TURNS)
+    assert time.monotonic() - start < 30
 
 
-def test_templates_are_rendered_where_there_is_no_module_resource(tokenizer, tmp_path, monkeypatch):
+def test_what_templates_may_use(tmp_path):
+    conditions = "{% if tools is not none or documents is not none or enable_thinking or strftime_now('%d %b %Y') != '26 Jul 2024' " \
+        "or [1, '<'] | tojson != '[1, \"<\"]' %}{{ raise_exception('no') }}{% endif %}"
+    chat_format = with_template(tmp_path / "model", conditions + "{% for i in range(3) %}{% break %}{% endfor %}" + CHATML_TURNS)
+    assert marked(chat_format, TURNS) == BUILT_IN["chatml"]
+
+
+def test_templates_are_rendered_where_there_is_no_module_resource(tmp_path, monkeypatch):
     (tmp_path / "resource.py").write_text("open(__file__ + '.asked', 'w')\nraise ImportError('as on Windows')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (tmp_path / "chat_template.jinja").write_text(CHATML)
-    assert hf.compare_template(tmp_path, tokenizer, "chatml") is None
+    assert marked(with_template(tmp_path / "model", CHATML_TURNS), TURNS) == BUILT_IN["chatml"]
     assert (tmp_path / "resource.py.asked").is_file()
-    (tmp_path / "chat_template.jinja").write_text("{% if %}")
-    assert "could not be rendered" in hf.compare_template(tmp_path, tokenizer, "chatml")
+
+
+def test_the_process_that_renders_ends_with_its_format(tokenizer):
+    chat_format = hf.load_chat_format(None, tokenizer, "plain")
+    process = chat_format.renderer.process
+    assert process.poll() is None
+    del chat_format
+    assert process.wait(10) is not None

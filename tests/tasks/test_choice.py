@@ -107,7 +107,7 @@ def test_choice_equals_lm_eval(style, chat, positions, tmp_path, monkeypatch):
     for config, (layout, (_, items, _)) in zip(tasks, SETS.items()):
         task = config["task"]
         items = [{"line": i, "group": None, **item} for i, item in enumerate(items)]
-        ours = choice_items(model, tokenizer, items, layout=layout, chat_format={"smollm2": "chatml", "llama3": "llama3"}[style] if chat else None)
+        ours = choice_items(model, tokenizer, items, layout=layout, chat_format=hf.load_chat_format(directory, tokenizer) if chat else None)
         theirs = sorted(found["samples"][task], key=lambda s: s["doc_id"])
         assert len(ours) == len(theirs) == len(items)
         for x, y in zip(ours, theirs):

@@ -1,0 +1,82 @@
+"""The program that renders chat templates, in a process of its own: a template is a program that others wrote.
+
+It reads a line of JSON for each conversation and answers with one. Needs only jinja2, which torch brings.
+"""
+
+import datetime
+import json
+import sys
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+MOST_BYTES = 2 ** 30                 # of memory
+MOST_CHARACTERS = 2 ** 26            # of a conversation
+# The same text every day.
+TODAY = datetime.datetime(2024, 7, 26)
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, with which templates mark responses: what is inside is written."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def compile_template(text):
+    """As transformers does it."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = TODAY.strftime
+    return environment.from_string(text)
+
+
+def render(template, names, messages, add_generation_prompt):
+    text = template.render(messages=messages, tools=None, documents=None,
+                           add_generation_prompt=add_generation_prompt, **names)
+    if len(text) > MOST_CHARACTERS:
+        raise jinja2.TemplateError(f"it writes more than {MOST_CHARACTERS} characters")
+    return text
+
+
+def bound_memory():
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such module.
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+
+
+def main():
+    """The first line is [template, names that it may use]; then each is [messages, [[how many of them, whether the
+    prompt for an answer follows], ...]], and is answered by {"texts"} or {"error"}."""
+    bound_memory()
+    text, names = json.loads(sys.stdin.readline())
+    template = None
+    for line in sys.stdin:
+        try:
+            template = template or compile_template(text)
+            messages, wanted = json.loads(line)
+            answer = {"texts": [render(template, names, messages[:count], prompt) for count, prompt in wanted]}
+        except Exception as e:
+            answer = {"error": str(e)[:500] or type(e).__name__}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
