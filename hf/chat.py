@@ -172,6 +172,7 @@ class ChatFormat:
         self.where = f"the chat template of {directory}" if name == "own" else f"chat format {name}"
         self.renderer = Renderer(template, special_names(tokenizer))
         self.added = added_tokens(tokenizer)
+        self.added_ids = {token.id for token in self.added.values()}
         self.written = pattern_of(self.added)
         self.drops_thoughts = False
         self.look_at_an_example()
@@ -303,21 +304,32 @@ class ChatFormat:
         return begin, match.end()
 
     def tokenise(self, whole, responses):
+        """(ids, whether each is response) of the whole, cut where its responses [(begin, end), ...] begin and end."""
         ids, is_response = [], []
         edges = [0, *itertools.chain(*responses), len(whole)]
         for part, (start, stop) in enumerate(itertools.pairwise(edges)):
-            new = self.tokenise_part(whole[start:stop])
-            ids += new
-            is_response += [part % 2 == 1] * len(new)
+            ids += self.tokenise_part(whole[start:stop], self.end_of(ids))
+            is_response += [part % 2 == 1] * (len(ids) - len(is_response))
         return ids, is_response
 
-    def tokenise_part(self, text):
+    def tokenise_part(self, text, follows):
         ids, position = [], 0
         for match in self.written.finditer(text):
-            ids += self.tokenizer.encode_part(MARKS.sub("", text[position:match.start()]))
+            before = MARKS.sub("", text[position:match.start()])
+            if before:
+                ids += self.tokenizer.encode_part(before, follows)
             ids.append(self.added[match[0] if match[0] in self.added else match[0].strip()].id)
-            position = match.end()
-        return ids + self.tokenizer.encode_part(MARKS.sub("", text[position:]))
+            position, follows = match.end(), "token"
+        rest = MARKS.sub("", text[position:])
+        if rest:
+            ids += self.tokenizer.encode_part(rest, follows)
+        return ids
+
+    def end_of(self, ids):
+        """What a text follows that comes after these ids: see `Tokenizer.encode_part`."""
+        if not ids:
+            return "nothing"
+        return "token" if ids[-1] in self.added_ids else "text"
 
 
 def added_tokens(tokenizer):

@@ -198,7 +198,7 @@ def requests_of(item, tokenizer, layout, chat_format, positions):
         context, white_space = hf.begin_ids(tokenizer) + tokenizer.encode(system + prompt), []
     for text in scored_texts(item, layout):
         if chat_format:
-            continuation = white_space + tokenizer.encode(text, follows="text")
+            continuation = white_space + tokenizer.encode(text, chat_format.end_of(context + white_space))
         else:
             whole = hf.begin_ids(tokenizer) + tokenizer.encode(f"{system}{prompt} {text}")
             continuation = whole[len(context):]

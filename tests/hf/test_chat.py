@@ -8,7 +8,7 @@ import time
 import pytest
 from chat_templates import CHATML_TURNS, ORDINARY, PUBLISHED, SPECIAL, chat_directory
 from support import ASSETS, tiny
-from tokenizer_files import assets_with, strings
+from tokenizer_files import FALLBACKS, assets_with, build_fallback, strings
 
 import data
 import hf
@@ -97,6 +97,23 @@ def test_ids_are_those_of_transformers(tmp_path, name):
         assert sum(response) > sum(turn.role == "assistant" for turn in turns)
         compared += 1
     assert compared >= 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FALLBACKS)
+def test_ids_of_tokenizers_that_put_a_space_first(tmp_path, kind):
+    """Such a tokenizer sees whether a text begins after a token, or in the middle."""
+    import transformers
+    directory = build_fallback(kind, tmp_path)
+    (directory / "chat_template.jinja").write_text(PUBLISHED["Mistral"].template)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<s>", "eos_token": "</s>"}))
+    chat_format = load(directory)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), bos_token="<s>", eos_token="</s>")
+    theirs.chat_template = PUBLISHED["Mistral"].template
+    for messages in conversations(60):
+        ids, _ = chat_format.encode([Turn(message["role"], message["content"]) for message in messages])
+        assert ids == theirs.apply_chat_template(messages, return_dict=False), messages
 
 
 # Checked by eye once: what each family trains on of two rounds with thoughts in the last answer.
