@@ -167,6 +167,8 @@ def finetune(settings, ranks):
     settings = replace(settings, chat_format=start.chat_format.name)
     if start.chat_format.warning:
         ranks.print(f"warning: {start.chat_format.warning}")
+    if settings.lora_rank:
+        warn_of_frozen_tokens(start, ranks)
     samples, validation = load_sets(settings, start, ranks)
     extra_files = files_of_the_model(settings, start, ranks)
     outs = {objective: Path(settings.out) / objective for objective in settings.objective}
@@ -183,6 +185,15 @@ def finetune(settings, ranks):
         directory = train(settings, objective, out, records[objective], start.make_model, samples, validation,
                           extra_files, ranks)
         ranks.print(f"{objective}: the model is in {directory}")
+
+
+def warn_of_frozen_tokens(start, ranks):
+    """Adapters leave the embedding as it is: tokens that were never trained are never learnt."""
+    untrained = hf.untrained_tokens(start.directory, start.tokenizer, start.chat_format.tokens)
+    if untrained:
+        ranks.print(f"warning: {start.directory}: the rows of {', '.join(untrained)} are near zero, as if never "
+                    "trained, and stay frozen under --lora-rank: the model can neither read nor write them; expected "
+                    "another --chat-format (plain), or full fine-tuning")
 
 
 def open_start(settings):

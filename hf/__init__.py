@@ -6,7 +6,7 @@
 """
 # ruff: noqa: F401
 
-from hf.chat import CHAT_FORMATS, ChatFormat, Turn, begin_ids, load_chat_format
+from hf.chat import CHAT_FORMATS, ChatFormat, Turn, begin_ids, load_chat_format, untrained_tokens
 from hf.config import config_from_dict, llama_config, load_config
 from hf.directory import files_beside_model, generation_config, load_weights, open_model, stop_ids
 from hf.hub import find_directory

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf.tokenizer import AddedToken
+from hf.weights import untrained_rows
 from runtime.process import UserError
 
 
@@ -91,20 +92,22 @@ def load_chat_format(directory, tokenizer, name="auto"):
     """The ChatFormat of a model directory (None: the tokenizer's) and a Tokenizer.
 
     name: "plain", "chatml", "llama3", or "auto": the directory's own template; without one the built-in format whose
-    token for the end of a response is the tokenizer's end-of-text; else the one whose special tokens it has; else
-    plain. Raises UserError, also where several fit.
+    token for the end of a response is the tokenizer's end-of-text; else the one whose special tokens it has, and has
+    trained; else plain. Raises UserError, also where several fit.
     """
+    warning = ""
     if directory is None and tokenizer.path is not None:
         directory = tokenizer.path.parent
     own = read_template(Path(directory)) if directory else None
     if name == "auto" and own is None:
-        name = guess_format(tokenizer, directory)
+        name, warning = guess_format(tokenizer, directory)
     template = own if name == "auto" else built_in_template(name, tokenizer)
     for known in CHAT_FORMATS:
         # A run of ours has been saved with the template that it was trained in.
         if name == "auto" and fits(known, tokenizer) and template == built_in_template(known, tokenizer):
             name = known
     chat_format = ChatFormat("own" if name == "auto" else name, template, tokenizer, directory)
+    chat_format.warning = warning
     if own is not None and template != own:
         chat_format.warning = (f"{directory} has a chat template of its own, and --chat-format {name} is another "
                                "format: the model may not know it")
@@ -136,13 +139,32 @@ def fits(name, tokenizer):
 
 
 def guess_format(tokenizer, directory):
+    """(name, warning) where there is no template. Raises UserError."""
     fitting = [name for name in BUILT_IN if fits(name, tokenizer)]
-    by_eos = [name for name in fitting if tokenizer.special[BUILT_IN[name].tokens[-1]] == tokenizer.eos_id]
-    names = by_eos or fitting or ["plain"]
-    if len(names) > 1:
-        raise UserError(f"{directory or 'the tokenizer'} has no chat template, and tokens of {' and '.join(names)}; "
+    for name in fitting:
+        if tokenizer.special[BUILT_IN[name].tokens[-1]] == tokenizer.eos_id:
+            return name, ""
+    if len(fitting) > 1:
+        raise UserError(f"{directory or 'the tokenizer'} has no chat template, and tokens of {' and '.join(fitting)}; "
                         "expected one of them, or plain, with --chat-format")
-    return names[0]
+    if not fitting:
+        return "plain", ""
+    untrained = untrained_tokens(directory, tokenizer, BUILT_IN[fitting[0]].tokens)
+    if untrained:
+        return "plain", (f"{directory} has no chat template, and its rows of {', '.join(untrained)} are near zero, as "
+                         f"if never trained: chat format plain; full fine-tuning with --chat-format {fitting[0]} would "
+                         "train them (adapters leave them frozen)")
+    return fitting[0], ""
+
+
+def untrained_tokens(directory, tokenizer, tokens):
+    """Those of these special tokens whose row in the model's embedding or head is near zero."""
+    ids = {tokenizer.special[token]: token for token in tokens if token in tokenizer.special}
+    try:
+        return [ids[i] for i in untrained_rows(directory, list(ids))]
+    except (ValueError, OSError):
+        # A tokenizer without a model, or a model that `load_model` will say more of.
+        return []
 
 
 def built_in_template(name, tokenizer):

@@ -14,7 +14,7 @@ from forked import forked
 from support import ASSETS, ROOT, SMALL, call, metrics, tiny, torchrun
 from test_bft import reference
 from test_data import BAD_LINES
-from tokenizer_files import CHATML, build
+from tokenizer_files import CHATML, assets_with, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bft
@@ -204,6 +204,18 @@ def test_the_loop_trains_on_the_chat_format_from_the_weights_given(tmp_path, mon
     assert line["response_tokens"] == len(nll) and line["nll"] == pytest.approx(sum(nll) / len(nll), rel=0.005)
     after = load_safetensors(tmp_path / "run" / "model" / "model.safetensors")
     assert all(after[name].dtype == torch.float32 and torch.allclose(after[name], t, rtol=0, atol=1e-9) for name, t in noise.items())
+
+
+def test_adapters_on_a_format_whose_tokens_were_never_trained(tmp_path, monkeypatch, data_file, capsys):
+    tokenizer = hf.load_tokenizer(assets_with(tmp_path))
+    model = tiny(vocab_size=tokenizer.n_vocab, eos_token_id=tokenizer.eos_id)
+    model.embed_tokens.weight.data[tokenizer.special["<|eot_id|>"]] = 0
+    hf.save_model(model, tmp_path)
+    argv = ["--init", tmp_path, "--data", data_file, "--steps", 1, "--dtype", "float32", "--out", tmp_path / "run", "--no-resume", "--lora-rank", 2]
+    for name, expected in (("llama3", 1), ("chatml", 0)):
+        assert call(monkeypatch, *argv, "--chat-format", name) == 0
+        out = capsys.readouterr().out
+        assert out.count("the rows of <|eot_id|> are near zero, as if never trained, and stay frozen under --lora-rank") == expected
 
 
 @pytest.mark.slow

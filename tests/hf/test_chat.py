@@ -285,6 +285,21 @@ def test_which_format_a_directory_has(tmp_path):
             choose(template=wrong)
 
 
+def test_tokens_that_were_never_trained_choose_no_format(tmp_path):
+    """A base with the tokens of a chat model, whose rows are zero."""
+    tokenizer = hf.load_tokenizer(assets_with(tmp_path, SPECIAL[3:7]))
+    model = tiny(vocab_size=tokenizer.n_vocab, eos_token_id=tokenizer.eos_id)
+    hf.save_model(model, tmp_path)
+    assert (load(tmp_path).name, load(tmp_path).warning) == ("llama3", "")
+    rows = [tokenizer.special[token] for token in ("<|start_header_id|>", "<|eot_id|>")]
+    model.embed_tokens.weight.data[rows] = 1e-9
+    hf.save_model(model, tmp_path)
+    plain = load(tmp_path)
+    assert plain.name == "plain" and "rows of <|start_header_id|>, <|eot_id|> are near zero" in plain.warning
+    assert "full fine-tuning with --chat-format llama3" in plain.warning
+    assert hf.untrained_tokens(tmp_path, tokenizer, load(tmp_path, "llama3").tokens) == ["<|start_header_id|>", "<|eot_id|>"]
+
+
 def test_an_answer_ends_where_model_tokenizer_or_chat_format_say(tokenizer):
     im_end = tokenizer.special["<|im_end|>"]
     model = tiny(vocab_size=tokenizer.n_vocab, eos_token_id=tokenizer.eos_id)
