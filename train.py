@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bft
 import hf
-from data import bucket, collate, deal, global_batch, load_samples
+from data import TEMPLATE_HELP, bucket, collate, deal, global_batch, load_samples, parse_templates
 from experiment import job as default_job
 from model import GPT
 from runtime.checkpoint import checkpoints, resume_from_checkpoint, save_checkpoint
@@ -49,8 +49,10 @@ from tasks.scoring import score
 @dataclass
 class Settings:
     init: str = flag("", "model to start from: a directory, a Hugging Face repository id, or 'scratch'")
-    data: str = flag("", "training samples, JSONL or .jsonl.gz")
-    val_data: str = flag("", "validation samples; their plain NLL is logged")
+    data: tuple = flag((), "training samples: files of JSONL, JSON arrays or parquet", nargs="+")
+    val_data: tuple = flag((), "validation samples, likewise; their plain NLL is logged", nargs="+")
+    prompt_template: str = flag("", f"the question of rows of other keys, {TEMPLATE_HELP}")
+    response_template: str = flag("", "what the model is to answer to it, likewise")
     objective: tuple = flag(("bft",), "one or several rows of bft.OBJECTIVES, each trained from the same start",
                             nargs="+", choices=list(bft.OBJECTIVES))
     group_size: int = flag(256, "g: the window of group and local confidence, in response tokens", at_least=1)
@@ -108,11 +110,13 @@ def parse_settings(argv):
     if grid and not is_default_job:
         raise UserError("--seeds and --lrs are the default job's, which has no --init or --data; expected --seed and "
                         "--lr")
-    if is_default_job and given.keys() & {"val_data", "tokenizer", "chat_format", "max_length"}:
-        raise UserError("--val-data, --tokenizer, --chat-format and --max-length go with --init and --data: the "
-                        "default job has its own")
+    if is_default_job and given.keys() & {"val_data", "prompt_template", "response_template", "tokenizer",
+                                          "chat_format", "max_length"}:
+        raise UserError("--val-data, --prompt-template, --response-template, --tokenizer, --chat-format and "
+                        "--max-length go with --init and --data: the default job has its own")
     settings = Settings(**{**(default_job.DEFAULTS if is_default_job else {}), **given})
     settings.objective = tuple(dict.fromkeys(settings.objective))         # one that is named twice is trained once
+    settings.data, settings.val_data = tuple(settings.data), tuple(settings.val_data)
     check_settings(settings)
     return settings, default_job.parse_grid(given, **grid) if is_default_job else None
 
@@ -120,6 +124,7 @@ def parse_settings(argv):
 def check_settings(settings):
     """Raises UserError for what cannot be meant."""
     check_bounds(settings)
+    parse_templates(settings.prompt_template, settings.response_template)
     if settings.lora_alpha and not settings.lora_rank:
         raise UserError("--lora-alpha needs --lora-rank")
     if settings.lora_rank and settings.init == "scratch":
@@ -161,7 +166,7 @@ def finetune(settings, ranks):
     """python train.py --init DIR --data FILE: each objective from the same weights, on the same samples in order."""
     if not settings.data or not settings.init:
         raise UserError(f"--{'init' if settings.data else 'data'} is missing; expected --init (a model, or 'scratch') "
-                        "and --data (a JSONL file) together, or neither for the default job")
+                        "and --data (a file) together, or neither for the default job")
     start = open_start(settings)
     check_memory(start.config, settings, ranks)
     settings = replace(settings, chat_format=start.chat_format.name)
@@ -198,9 +203,9 @@ def warn_of_frozen_tokens(start, ranks):
 
 def open_start(settings):
     """The Start of --init, the weights unread. Raises UserError."""
-    files = {"data": [settings.data]}
+    files = {"data": settings.data}
     if settings.val_data:
-        files["val_data"] = [settings.val_data]
+        files["val_data"] = settings.val_data
     if settings.init == "scratch":
         if not settings.tokenizer:
             raise UserError("--init scratch needs --tokenizer: a directory with tokenizer.json, or a tiktoken name")
@@ -238,19 +243,23 @@ def load_sets(settings, start, ranks):
     if settings.max_length > limit:
         raise UserError(f"--max-length is {settings.max_length}; expected at most {limit}, where the model's positions "
                         "end (max_position_embeddings in its config.json, or sliding_window if that is smaller)")
+    templates = parse_templates(settings.prompt_template, settings.response_template)
     sets = []
-    for path in (settings.data, settings.val_data):
-        if not path:
+    for paths in (settings.data, settings.val_data):
+        if not paths:
             sets.append([])
             continue
         longest = settings.max_length or limit
-        samples, counts = load_samples(path, start.tokenizer, start.chat_format, longest)
-        ranks.print(f"{path}: {counts['samples']} samples, chat format {settings.chat_format}; {counts['cut']} cut at "
-                    f"{longest} tokens, {counts['dropped']} dropped for want of a response token")
+        samples, counts = load_samples(paths, start.tokenizer, start.chat_format, longest, templates=templates)
+        ranks.print(f"{' '.join(paths)}: {counts['samples']} samples, chat format {settings.chat_format}; "
+                    f"{counts['cut']} cut at {longest} tokens, {counts['dropped']} dropped for want of a response "
+                    "token")
+        for warning in counts["warnings"]:
+            ranks.print(f"warning: {warning}")
         sets.append(samples)
     if len(sets[0]) < ranks.world:
-        raise UserError(f"{settings.data}: {len(sets[0])} samples for {ranks.world} ranks; expected one for each or "
-                        "more")
+        raise UserError(f"{' '.join(settings.data)}: {len(sets[0])} samples for {ranks.world} ranks; expected one for "
+                        "each or more")
     return sets
 
 
@@ -618,12 +627,11 @@ class StepLog:
 
     def end_the_run(self, step, line, statistics):
         nll, *_ = statistics.T                                            # (B,)
-        bad = [sample.line for sample, value in zip(step.batch, nll) if not math.isfinite(value)]
+        bad = [sample.where for sample, value in zip(step.batch, nll) if not math.isfinite(value)]
         if self.ranks.rank == 0:
-            lines = ", ".join(map(str, bad or [sample.line for sample in step.batch]))
+            places = ", ".join(bad or [sample.where for sample in step.batch])
             print(f"error: step {step.number}: loss {line['loss']}, gradient norm {line['grad_norm']}; stopped, and "
-                  f"nothing was saved since, with the samples on lines {lines} of {self.settings.data or 'its data'}",
-                  file=sys.stderr)
+                  f"nothing was saved since, with the samples at {places}", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -28,7 +28,7 @@ def add_flags(parser, settings_class):
     """Adds a flag for each field to an argparse parser."""
     for setting in fields(settings_class):
         options = dict(setting.metadata["argument"])
-        if setting.default not in ("", None):
+        if setting.default not in ("", (), None):
             options["help"] += f" (default: {spelled(setting.default)})"
         if "action" not in options:
             options["type"] = str if isinstance(setting.default, tuple) else type(setting.default)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import hf
-from data import read_jsonl
+from data import read_rows
 from runtime.process import UserError
 from tasks import Answers, items_of
 from tasks.items import group_of, is_text, warn_of_template
@@ -107,7 +107,7 @@ def read(file, number, evaluation):
     needs = LAYOUTS[layout].needs
     most = len(string.ascii_uppercase) if LAYOUTS[layout].letters else math.inf
     for item in items:
-        where = f"{file}:{item['line']}"
+        where = item["where"]
         if needs and not (isinstance(item.get(needs), str) and item[needs].strip()):
             raise UserError(f"{where}: --layout {layout} shows {needs!r}; expected some text there")
         if len(item["choices"]) > most:
@@ -120,10 +120,9 @@ def read(file, number, evaluation):
 
 def load_choice(path):
     """Multiple-choice items, {"question", "choices", "answer", "context"?, "planted"?}: a list of dicts, each with its
-    "line" and "group". Raises UserError."""
+    "line" (or row), "where" it is, for errors, and "group". Raises UserError."""
     items = []
-    for line, row in read_jsonl(path):
-        where = f"{path}:{line}"
+    for line, where, row in read_rows(path):
         question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
         if not isinstance(question, str) or not isinstance(row.get("context", ""), str):
             raise UserError(f"{where}: 'question' (and 'context', if any) must be a string")
@@ -135,7 +134,7 @@ def load_choice(path):
         planted = row.get("planted", 0)
         if not is_index(planted, choices):
             raise UserError(f"{where}: 'planted' is {planted!r}; expected the index of a choice, if there is any")
-        items.append({**row, "line": line, "group": group_of(row)})
+        items.append({**row, "line": line, "where": where, "group": group_of(row)})
     return items
 
 

@@ -13,7 +13,7 @@ from data import collate
 from runtime.device import autocast
 from runtime.files import write_whole
 from tasks import Answers
-from tasks.items import load_samples_of_models
+from tasks.items import add_flags_of_samples, check_flags_of_samples, load_samples_of_models
 from tasks.scoring import refuse_nan
 
 
@@ -21,12 +21,14 @@ PAGE = Path(__file__).resolve().parents[1] / "assets" / "inspect.html"
 
 
 def add_flags(parser):
+    add_flags_of_samples(parser)
     parser.add_argument("--lines", nargs="+", type=int, default=[], help="of the inspect task's file, which samples to "
                         "show (default: the first four)")
 
 
 def check_flags(args):
-    """Lines are looked for in the file."""
+    # Lines are looked for in the file.
+    check_flags_of_samples(args)
 
 
 def read(file, number, evaluation):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from data import load_samples, read_jsonl
+from data import add_template_flags, load_samples, parse_templates, read_rows
 from runtime.process import UserError
 
 
@@ -39,10 +39,10 @@ KINDS = {
 
 
 def load_items(path, **kinds):
-    """Lines that have these keys, {key: name of its kind}, further ones allowed: a list of dicts, each with its "line"
-    and "group". Raises UserError."""
+    """Rows that have these keys, {key: name of its kind}, further ones allowed: a list of dicts, each with its "line"
+    (or row), "where" it is, for errors, and "group". Raises UserError."""
     items = []
-    for line, row in read_jsonl(path):
+    for line, where, row in read_rows(path):
         for key, name in kinds.items():
             kind = KINDS[name]
             fits = kind.fits(row.get(key))
@@ -50,8 +50,8 @@ def load_items(path, **kinds):
                 fits = len(row[key]) == len(items[0][key])
             if not fits:
                 found = str(row.get(key, "missing"))[:50]
-                raise UserError(f"{path}:{line}: {key!r} is {found}; expected {kind.expected}")
-        items.append({**row, "line": line, "group": group_of(row)})
+                raise UserError(f"{where}: {key!r} is {found}; expected {kind.expected}")
+        items.append({**row, "line": line, "where": where, "group": group_of(row)})
     return items
 
 
@@ -66,10 +66,18 @@ def load_genes(path, **kinds):
     for item in load_items(path, gene="text", **kinds):
         gene = item["gene"]
         if gene in genes:
-            raise UserError(f"{path}:{item['line']}: {gene} is on line {genes[gene]['line']} too; expected each gene "
-                            "once")
+            raise UserError(f"{item['where']}: {gene} is on line {genes[gene]['line']} too; expected each gene once")
         genes[gene] = item
     return genes
+
+
+def add_flags_of_samples(parser):
+    """The flags of tasks that read samples."""
+    add_template_flags(parser)
+
+
+def check_flags_of_samples(args):
+    parse_templates(args.prompt_template, args.response_template)
 
 
 def load_samples_of_models(file, evaluation, limit=None, lines=()):
@@ -80,19 +88,24 @@ def load_samples_of_models(file, evaluation, limit=None, lines=()):
     """
     args, ranks = evaluation.args, evaluation.ranks
     first = next(iter(evaluation.models))
+    templates = parse_templates(args.prompt_template, args.response_template)
     samples = {}
+    warnings = []
     cut_at = set()                   # where samples of the file end; None: none of them is cut
     for path, opened in evaluation.models.items():
         warn_of_template(opened, ranks)
         longest = args.max_length or opened.config.max_positions
-        found, counts = load_samples(file, opened.tokenizer, opened.chat_format, longest)
+        found, counts = load_samples(file, opened.tokenizer, opened.chat_format, longest, templates=templates)
         ranks.print(f"{path}: {counts['cut']} of {file} cut at {longest} tokens, {counts['dropped']} dropped")
+        warnings += counts["warnings"]
         cut_at.add(longest if counts["cut"] else None)
         samples[path] = choose_samples(found, file, limit, lines)
         same_lines = [sample.line for sample in samples[path]] == [sample.line for sample in samples[first]]
         if not same_lines or len(cut_at) > 1:
             raise UserError(f"{file}: {path} and {first} keep different samples, or parts of them, within their "
                             "positions; expected a --max-length that both have, to compare them on the same ones")
+    for warning in dict.fromkeys(warnings):
+        ranks.print(f"warning: {warning}")
     return samples
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from tasks import Answers, items_of
-from tasks.items import load_samples_of_models
+from tasks.items import add_flags_of_samples, check_flags_of_samples, load_samples_of_models
 from tasks.scoring import score
 from tasks.statistics import EXP_RATIO, MEAN, RATIO, Measure, summarise
 
@@ -23,11 +23,11 @@ class Questions(NamedTuple):
 
 
 def add_flags(parser):
-    """It has none of its own."""
+    add_flags_of_samples(parser)
 
 
 def check_flags(args):
-    """It has none of its own."""
+    check_flags_of_samples(args)
 
 
 def read(file, number, evaluation):

@@ -54,7 +54,7 @@ def fill(template, item):
     try:
         return template.format_map(texts)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as e:
-        raise UserError(f"--template {template!r} cannot be filled from line {item['line']} ({e!r}); expected keys of "
+        raise UserError(f"--template {template!r} cannot be filled from {item['where']} ({e!r}); expected keys of "
                         "the line in braces, such as {gene}") from None
 
 
@@ -88,7 +88,7 @@ def encode_questions(questions, new_tokens, evaluation):
 def encode_items(file, items, template, new_tokens, evaluation):
     """Prompts of what --template, or else this template, asks about each item of a file. Raises UserError."""
     template = evaluation.args.template or template
-    questions = [(f"the prompt of {file}:{item['line']}", fill(template, item)) for item in items]
+    questions = [(f"the prompt of {item['where']}", fill(template, item)) for item in items]
     return encode_questions(questions, new_tokens, evaluation)
 
 

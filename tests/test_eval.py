@@ -256,6 +256,29 @@ GENES_FILE = [{"gene": "A", "label": 1, "embedding": [1, 2]}, {"gene": "B", "lab
 ITEM = {"question": "q", "choices": ["a \ufffd", "b"], "answer": 0, "group": 1}            # odd, but no mistake
 
 
+def test_tasks_read_every_kind_of_file_and_rows_of_other_keys(work, monkeypatch, capsys):
+    rows = [json.loads(line) for line in (work / "samples.jsonl").read_text().splitlines()]
+    (work / "array.json").write_text(json.dumps(rows))
+    (work / "other.json").write_text(json.dumps([{"Question (en)": row["prompt"], "a": {"b": row["response"]}, "group": row.get("group")} for row in rows]))
+    expected, = evaluate(monkeypatch, work, "base", "--tasks", "nll", "--data", "samples.jsonl")
+    array, = evaluate(monkeypatch, work, "base", "--tasks", "nll", "--data", "array.json")
+    other, page = evaluate(monkeypatch, work, "base", "--tasks", "nll", "inspect", "--data", "other.json", "other.json",
+                           "--prompt-template", "{Question (en)}", "--response-template", "{a.b}")
+    assert array["items"] == other["items"] == expected["items"]
+    assert [item["line"] for item in page["items"]["base"]] == [1, 2, 3, 4]
+    items = [json.loads(line) for line in (work / "choice.jsonl").read_text().splitlines()]
+    (work / "choice.json").write_text(json.dumps(items))
+    lines, rows = evaluate(monkeypatch, work, "base", "--tasks", "choice", "choice", "--data", "choice.jsonl", "choice.json")
+    assert lines["items"] == rows["items"]
+    (work / "choice.json").write_text(json.dumps([*items, {"question": "q", "choices": ["a"], "answer": 0}]))
+    with pytest.raises(UserError, match=rf"choice\.json: row {len(items) + 1}: 'choices' must be"):
+        load_choice(work / "choice.json")
+    (work / "text.jsonl").write_text(json.dumps({"text": "<human>: Why? <bot>: So."}) + "\n")
+    capsys.readouterr()
+    evaluate(monkeypatch, work, "base", "bft-s0", "--tasks", "nll", "--data", "text.jsonl")
+    assert capsys.readouterr().out.count("warning: texts that look like a question with its answer: 1, the first at text.jsonl:1") == 1
+
+
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory, tokenizer):
     """A directory with a model, and files with mistakes in them."""
@@ -279,10 +302,13 @@ def mistakes(tmp_path_factory, tokenizer):
     (["--tasks", "choice", "--data", "long.jsonl", "--layout", "mmlu", "medqa"], "--layout names 2 for 1 choice tasks"),
     (["--tasks", "profile"], "the profile task needs --labels"), (["--tasks", "nll", "--template", "{x}"], "--template is of process and profile alone"),
     (["--tasks", "nll", "--encoder", "x"], "--encoder is of process and profile alone"),
+    (["--tasks", "nll", "--prompt-template", "{prompt}"], "go together"), (["--tasks", "inspect", "--response-template", "{x}"], "go together"),
+    (["--tasks", "nll", "--prompt-template", "{prompt}", "--response-template", "{reply}"], "finetune.jsonl:1: no key 'reply'"),
+    (["--tasks", "choice", "--prompt-template", "{prompt}"], "--prompt_template is of nll and inspect alone"),
     (["--tasks", "nll", "--chat"], "--chat is of choice alone"), (["--tasks", "choice", "--lines", "2"], "--lines is of inspect alone"),
     (["--tasks", "process"], "finetune.jsonl:1: 'genes' is missing; expected a list of texts"),
-    (["--tasks", "process", "--data", "sets.jsonl", "--template", "{gene}"], "cannot be filled from line 1 (KeyError('gene'))"),
-    (["--tasks", "process", "--data", "sets.jsonl", "--template", "{process[x]}"], "cannot be filled from line 1 (TypeError"),
+    (["--tasks", "process", "--data", "sets.jsonl", "--template", "{gene}"], "cannot be filled from sets.jsonl:1 (KeyError('gene'))"),
+    (["--tasks", "process", "--data", "sets.jsonl", "--template", "{process[x]}"], "cannot be filled from sets.jsonl:1 (TypeError"),
     (["--tasks", "process", "--data", "sets.jsonl", "--encoder", "self", "self"], "--encoder names one twice"),
     (["--tasks", "process", "profile", "--data", "sets.jsonl", "genes.jsonl", "--labels", "genes.jsonl", "--template", "x"], "--template is what one task asks"),
     (["--tasks", "profile", "--data", "genes.jsonl", "--labels", "sets.jsonl"], "sets.jsonl:1: 'gene' is missing"),

@@ -1,6 +1,7 @@
 """The loop: the same step in every layout, the same run every time, checkpoints, logs, and users' mistakes."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -335,6 +336,64 @@ def test_a_run_is_reproducible_and_describes_itself(tmp_path, monkeypatch, data_
     assert capsys.readouterr().out.count("finished, 3 steps") == 2
 
 
+def test_several_files_are_one_data_set_whose_order_is_part_of_the_run(tmp_path, monkeypatch, data_file, capsys):
+    lines = data_file.read_text().splitlines(keepends=True)
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.json"
+    a.write_text("".join(lines[:30]))
+    b.write_text("[" + ",".join(lines[30:]) + "]")
+    argv = [*SMALL, "--steps", 2, "--batch-size", 16]
+    assert call(monkeypatch, *argv, "--data", data_file, "--val-data", data_file, "--out", tmp_path / "one") == 0
+    several = [*argv, "--val-data", a, b, "--out", tmp_path / "two"]
+    assert call(monkeypatch, *several, "--data", a, b) == 0
+    assert f"{a} {b}: 42 samples" in capsys.readouterr().out
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert config["settings"]["data"] == config["settings"]["val_data"] == [str(a), str(b)]
+    assert config["sha256"]["data"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in (a, b)]
+    assert call(monkeypatch, *several, "--data", a, b) == 0
+    assert "finished, 2 steps" in capsys.readouterr().out
+    for files in ((b, a), (a,), (a, b, b)):
+        assert call(monkeypatch, *several, "--data", *files) == 2
+        assert "holds another run (another content of data" in capsys.readouterr().err
+
+
+def test_templates_make_samples_of_other_keys(tmp_path, monkeypatch, data_file, capsys):
+    rows = [json.loads(line) for line in data_file.read_text().splitlines()]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{"q (en)": row["prompt"], "answers": [row["response"]]} for row in rows]))
+    argv = [*SMALL, "--steps", 2, "--batch-size", 16]
+    templates = ["--prompt-template", "{q (en)}", "--response-template", "{answers}"]
+    assert call(monkeypatch, *argv, "--data", data_file, "--out", tmp_path / "one") == 0
+    assert call(monkeypatch, *argv, "--data", other, "--val-data", other, *templates, "--out", tmp_path / "two") == 0
+    assert metrics(tmp_path / "one") == [line for line in metrics(tmp_path / "two") if "loss" in line]
+    capsys.readouterr()
+    for flags, words in ((templates[:2], "go together"), ((), f"{other}: row 1: the keys are 'q (en)', 'answers'; expected"),
+                         ((*templates[:3], "{reply}"), f"{other}: row 1: no key 'reply'")):
+        assert call(monkeypatch, *argv, "--data", other, *flags, "--out", tmp_path / "three") == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and not (tmp_path / "three").exists()
+    assert call(monkeypatch, *templates) == 2 and "--prompt-template" in capsys.readouterr().err   # the default job's data are its own
+
+
+def test_texts_that_hold_questions_are_not_trained_without_a_word(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "<human>: What causes gout? <bot>: Uric acid."}) + "\n")
+    assert call(monkeypatch, *SMALL, "--data", path, "--steps", 1, "--out", tmp_path / "run") == 0
+    assert f"warning: texts that look like a question with its answer: 1, the first at {path}:1; both are trained" in capsys.readouterr().out
+
+
+def test_a_number_that_is_none_names_the_files_of_its_samples(tmp_path, monkeypatch, data_file, capsys):
+    lines = data_file.read_text().splitlines(keepends=True)
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.json"
+    a.write_text(lines[0])
+    b.write_text("[" + ",".join(lines[1:3]) + "]")
+    original = bft.objective_loss
+    monkeypatch.setattr(bft, "objective_loss", lambda *args: original(*args) * math.nan)
+    assert call(monkeypatch, *SMALL, "--data", a, b, "--steps", 1, "--out", tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "error: step 1: loss nan" in error and all(place in error for place in (f"{a}:1", f"{b}: row 1", f"{b}: row 2"))
+
+
 @pytest.mark.parametrize("clip", [0, 1e-5])
 def test_a_step_and_its_log_equal_a_calculation_by_loops(clip, tmp_path, monkeypatch, data_file):
     """One step of a bft run, and its line in the log, against log-probs of one sample at a time, the loops of test_bft,
@@ -532,7 +591,7 @@ MISTAKES = {
     "no data": ([], "--data is missing"),
     "no such model": (["--data", "good.jsonl", "--init", "nowhere"], "nowhere: no such directory"),
     "no such tokenizer": (["--data", "good.jsonl", "--tokenizer", "nowhere"], "tokenizer nowhere"),
-    "flags of another job": (["--val-data", "good.jsonl"], "--val-data, --tokenizer"),
+    "flags of another job": (["--val-data", "good.jsonl"], "--val-data, --prompt-template"),
     "no such device": (["--data", "good.jsonl", "--device", "abacus"], "--device abacus"),
     "too long": (["--data", "good.jsonl", "--max-length", "1"], "within 1 tokens"),
     "out is a file": (["--data", "good.jsonl", "--out", "good.jsonl"], "--out good.jsonl"),

@@ -47,9 +47,9 @@ def test_medquad_rows(tmp_path, monkeypatch, capsys):
     assert {r["response"] for r in train + val if r["prompt"] == "What are the treatments for Loud knee ?"} == {"Soap.", "Silence."}
     assert "left out: 2 pairs without an answer, 1 duplicates\n" in capsys.readouterr().out
     for r in train + val:
-        assert data.as_conversation(r, "here") == [("user", r["prompt"]), ("assistant", r["response"])]
+        assert data.as_conversation(r, "here") == [hf.Turn("user", r["prompt"]), hf.Turn("assistant", r["response"])]
     samples, counts = data.load_samples(tmp_path / "new" / "dir" / "medquad_train.jsonl", hf.load_tokenizer(ROOT / "assets"))
-    assert counts == {"samples": len(train), "cut": 0, "dropped": 0}
+    assert counts == {"samples": len(train), "cut": 0, "dropped": 0, "warnings": []}
 
 
 def test_medquad_splits_by_focus_whatever_the_case_and_the_order_of_files(tmp_path, monkeypatch):

@@ -371,7 +371,7 @@ def test_a_directory_that_cannot_be_written_to(directory, monkeypatch, capsys, t
 def test_a_number_that_is_none_stops_every_rank_at_its_step(three, tmp_path):
     argv, _ = three
     code, output = finish_launched(3, "nan 0 5", *argv, "--out", tmp_path)
-    assert code != 0 and len(errors(output)) == 1 and "error: step 5: loss nan" in output and "on lines" in output
+    assert code != 0 and len(errors(output)) == 1 and "error: step 5: loss nan" in output and "with the samples at " in output
     assert re.findall(r"exitcode +: (\S+)", output)[-1] == "1" and 'train.py", line' not in output      # no traceback of ours
     assert metrics(tmp_path)[-1]["step"] == 4 and steps_saved(tmp_path) == [3]
     state = torch.load(tmp_path / "checkpoint" / "step-3.pt", weights_only=True)

@@ -75,7 +75,7 @@ def test_choice_equals_a_direct_calculation(tokenizer):
                                     {"context": 3}, {"planted": 2}])
 def test_bad_items(change, tmp_path):
     good = {"question": "q", "choices": ["a", "b"], "answer": 1}
-    assert load_choice(write(tmp_path / "good.jsonl", [good])) == [{**good, "line": 1, "group": None}]
+    assert load_choice(write(tmp_path / "good.jsonl", [good])) == [{**good, "line": 1, "where": f"{tmp_path}/good.jsonl:1", "group": None}]
     with pytest.raises(UserError, match=rf"bad\.jsonl:2: .*'{next(iter(change))}"):
         load_choice(write(tmp_path / "bad.jsonl", [good, {**good, **change}]))
 

@@ -113,7 +113,7 @@ def test_equal_prompts_are_continued_by_different_random_numbers(work, monkeypat
     ({"a": "numbers"}, {"a": [1e31, 2]}, "expected a list of numbers"), ({"a": "numbers"}, {"a": [1]}, "as many on each line")])
 def test_lines_that_lack_what_a_task_needs(tmp_path, kinds, row, words):
     good = {"a": {"text": "x", "texts": ["x"], "label": 1, "numbers": [1, 2.5]}[kinds["a"]], "group": 3, "more": None}
-    assert load_items(write(tmp_path / "good.jsonl", [good]), **kinds) == [{**good, "line": 1, "group": "3"}]
+    assert load_items(write(tmp_path / "good.jsonl", [good]), **kinds) == [{**good, "line": 1, "where": f"{tmp_path}/good.jsonl:1", "group": "3"}]
     with pytest.raises(UserError) as error:
         load_items(write(tmp_path / "bad.jsonl", [good, row]), **kinds)
     assert str(error.value).startswith(f"{tmp_path / 'bad.jsonl'}:2: ") and words in str(error.value)
@@ -126,8 +126,8 @@ def test_a_gene_that_is_there_twice(tmp_path):
 
 
 def test_a_template_is_filled_with_texts_numbers_and_lists():
-    item = {"line": 4, "gene": "A", "genes": ["B", "C"], "n": 3, "nothing": None, "numbers": [1, 2]}
+    item = {"line": 4, "where": "sets.jsonl:4", "gene": "A", "genes": ["B", "C"], "n": 3, "nothing": None, "numbers": [1, 2]}
     assert writing.fill("{gene} of {genes}, {n} {{x}}", item) == "A of B, C, 3 {x}"
     for template in ("{lacking}", "{gene[x]}", "{", "{nothing}", "{numbers}", "{}", "{gene.x.y}"):
-        with pytest.raises(UserError, match="cannot be filled from line 4"):
+        with pytest.raises(UserError, match="cannot be filled from sets.jsonl:4 "):
             writing.fill(template, item)
