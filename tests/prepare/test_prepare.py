@@ -112,7 +112,7 @@ def convert(kind, tmp_path, monkeypatch, lines, *more):
     source = tmp_path / "source"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     call(choice.main, monkeypatch, kind, source, "--out", tmp_path / "out.jsonl", *more)
-    return [{k: v for k, v in item.items() if k != "line" and v is not None} for item in load_choice(tmp_path / "out.jsonl")]
+    return [{k: v for k, v in item.items() if k not in ("line", "where") and v is not None} for item in load_choice(tmp_path / "out.jsonl")]
 
 
 def test_pubmedqa(tmp_path, monkeypatch, capsys):
@@ -172,7 +172,7 @@ def test_mmlu(tmp_path, monkeypatch):
         (tmp_path / f"{name}.csv").write_text(text)
     call(choice.main, monkeypatch, "mmlu", tmp_path / "anatomy_test.csv", tmp_path / "college_medicine_val.csv", "--out", tmp_path / "out.jsonl")
     first, *rest = load_choice(tmp_path / "out.jsonl")
-    assert first == {"question": "Which, exactly? ", "choices": ["one", "two", "thr,ee", "4"], "answer": 2, "group": "anatomy", "subject": "anatomy", "line": 1}
+    assert first == {"question": "Which, exactly? ", "choices": ["one", "two", "thr,ee", "4"], "answer": 2, "group": "anatomy", "subject": "anatomy", "line": 1, "where": f"{tmp_path}/out.jsonl:1"}
     assert [(x["question"], x["answer"], x["subject"]) for x in rest] == [("Q", 0, "college_medicine"), ("R", 3, "college_medicine")]
     for text in ("Q,a,b,c,d,E\n", "Q,a,b,c,D\n", "Q,a,,c,d,A\n", "question,A,B,C,D,answer\n"):
         (tmp_path / "bad_test.csv").write_text("R,a,b,c,d,B\n" + text)
@@ -189,7 +189,7 @@ def test_gene_sets(tmp_path, monkeypatch):
              [{"id": "GO:1", "genes": ["A"], "process": "p"}, {"id": "GO:2", "genes": ["B", "C"], "process": "q"}])):
         (tmp_path / name).write_text(text)
         call(genesets.main, monkeypatch, tmp_path / name, "--out", tmp_path / "out.jsonl")
-        assert [{k: v for k, v in x.items() if k not in ("line", "group")} for x in load_items(tmp_path / "out.jsonl", genes="texts", process="text")] == wanted
+        assert [{k: v for k, v in x.items() if k not in ("line", "where", "group")} for x in load_items(tmp_path / "out.jsonl", genes="texts", process="text")] == wanted
     for text, words in (("a,b\n1,2\n", "the header is"), ("ID,Name,Genes\n1,x,A\n2,,A\n", "row 3 is"), ("ID,Name,Genes\n1,x,\n", "row 2 is"), ("", "the header is None")):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(UserError, match=words):
