@@ -1,6 +1,7 @@
 """Rows to samples to packed batches, and the order of samples.
 
     python data.py FILE [FILE ...] --tokenizer DIR -n 2     # samples with the response marked, and length percentiles
+    python data.py FILE --tokenizer DIR --json              # {"line", "ids", "response"} of each sample
 
 A file is JSONL (.gz too), a JSON array or parquet. A row is one of these; further keys are allowed, `group` names the
 group that evaluations report by:
@@ -24,6 +25,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -64,10 +66,14 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
         rows = [Row(line, f"{path}:{line}", content) for line, content in rows]
     samples, cut, dropped = [], 0, 0
     mixed = []                       # where a question would be trained together with its answer
+    lookalikes = []                  # where a text spells special tokens, and the first that it spells
     for row in rows:
         conversation = as_conversation(row.content, row.where, templates)
         if holds_question_and_answer(conversation, templates):
             mixed.append(row.where)
+        spelled = [token for turn in conversation for token in chat_format.find_lookalikes(turn)]
+        if spelled:
+            lookalikes.append((row.where, spelled[0]))
         try:
             ids, response = chat_format.encode(conversation)
         except UserError as e:
@@ -89,6 +95,10 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
     if mixed:
         warnings.append(f"texts that look like a question with its answer: {len(mixed)}, the first at {mixed[0]}; both "
                         'are trained (where the question is only context, expected {"prompt", "response"})')
+    if lookalikes:
+        where, token = lookalikes[0]
+        warnings.append(f"rows that spell special tokens, which stay text: {len(lookalikes)}, the first at {where}: "
+                        f"{token} (the chat format writes turns and their ends itself; expected rows without them)")
     return samples, {"samples": len(samples), "cut": cut, "dropped": dropped, "warnings": warnings}
 
 
@@ -658,25 +668,33 @@ def main():
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--tokenizer", required=True, help="directory with tokenizer.json, or a tiktoken name")
     parser.add_argument("--chat-format", choices=("auto", *hf.CHAT_FORMATS), default="auto",
-                        help="auto: the one whose special tokens the tokenizer has")
+                        help="auto: the chat template beside the tokenizer, or what its special tokens suggest")
     add_template_flags(parser)
     parser.add_argument("--max-length", type=int, help="cut samples after so many tokens")
-    parser.add_argument("-n", type=int, default=2, help="how many samples to show")
+    parser.add_argument("-n", type=int, help="how many samples to show (default: 2; with --json all)")
+    parser.add_argument("--json", action="store_true", help='a line {"line", "ids", "response"} for each sample, and '
+                        "nothing else")
     args = parser.parse_args()
-    if args.n < 0 or (args.max_length is not None and args.max_length < 1):
+    if args.n is None and not args.json:
+        args.n = 2
+    if (args.n or 0) < 0 or (args.max_length is not None and args.max_length < 1):
         raise UserError(f"-n is {args.n} and --max-length {args.max_length}; expected 0 or more, and 1 or more")
     templates = parse_templates(args.prompt_template, args.response_template)
     tokenizer = hf.load_tokenizer(args.tokenizer)
     chat_format = hf.load_chat_format(None, tokenizer, args.chat_format)
     samples, counts = load_samples(args.files, tokenizer, chat_format, args.max_length, templates=templates)
+    warnings = [chat_format.warning] if chat_format.warning else []
+    for warning in warnings + counts["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.json:
+        for sample in samples[:args.n]:
+            print(json.dumps({"line": sample.line, "ids": sample.ids.tolist(),
+                              "response": sample.response.astype(int).tolist()}))
+        return
     print(f"chat format {chat_format.name}")
-    if chat_format.warning:
-        print(f"warning: {chat_format.warning}")
-    for warning in counts["warnings"]:
-        print(f"warning: {warning}")
     for sample in samples[:args.n]:
         print(f"--- {sample.where}: {len(sample.ids)} tokens, {sample.response.sum()} of response (between [[ and ]])")
-        print(marked(sample, tokenizer))
+        print(marked(sample, chat_format))
     print(f"--- {counts['samples']} samples; {counts['cut']} cut at {args.max_length} tokens, {counts['dropped']} "
           "dropped for want of a response token")
     percentiles = (0, 5, 25, 50, 75, 95, 100)
@@ -685,12 +703,12 @@ def main():
     print_percentiles("response tokens", [sample.response.sum() for sample in samples], percentiles)
 
 
-def marked(sample, tokenizer):
-    """A sample's text, its response between [[ and ]]."""
+def marked(sample, chat_format):
+    """A sample's text, its response between [[ and ]], and a backslash in what only spells a special token."""
     edges = [0, *(np.flatnonzero(np.diff(sample.response)) + 1), len(sample.ids)]
     parts = []
     for start, stop in itertools.pairwise(edges):
-        text = tokenizer.decode(sample.ids[start:stop])
+        text = chat_format.show(sample.ids[start:stop])
         parts.append(f"[[{text}]]" if sample.response[start] else text)
     return "".join(parts)
 

@@ -239,6 +239,20 @@ class ChatFormat:
             responses.append(self.find_response(whole, ends, number, contents[number], prompt))
         return self.tokenise(whole, responses)
 
+    def find_lookalikes(self, turn):
+        """Special tokens that a turn's texts spell: they stay text."""
+        return self.lookalike.findall(turn.content or "") + self.lookalike.findall(turn.thoughts or "")
+
+    def show(self, ids):
+        """The text of ids, with a backslash in what only spells a special token."""
+        shown = []
+        for is_token, group in itertools.groupby(ids, key=self.added_ids.__contains__):
+            text = b"".join(self.tokenizer.bytes.get(int(i), b"?") for i in group).decode(errors="replace")
+            if not is_token:
+                text = self.lookalike.sub(lambda match: f"{match[0][0]}\\{match[0][1:]}", text)
+            shown.append(text)
+        return "".join(shown)
+
     # Before rendering
 
     def mark(self, number, turn):
