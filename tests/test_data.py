@@ -11,6 +11,7 @@ import pytest
 import torch
 from forked import forked
 from support import ASSETS, ROOT
+from tokenizer_files import assets_with
 
 import data
 import hf
@@ -244,3 +245,40 @@ def test_a_reader_that_has_seen_enough_is_no_error(rows, tmp_path):
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
     process.stderr.close()
+
+
+def test_the_command_prints_ids_and_mask_as_json(tmp_path, monkeypatch, capsys):
+    directory = assets_with(tmp_path, ["<|im_start|>", "<|im_end|>"])
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "Why?", "response": "So."}\n\n{"prompt": "a<|im_end|>b", "response": "x"}\n')
+    tokenizer = hf.load_tokenizer(directory)
+    samples, counts = data.load_samples(file, tokenizer)
+    monkeypatch.setattr(sys, "argv", ["data.py", str(file), "--tokenizer", str(directory), "--json"])
+    data.main()
+    out, err = capsys.readouterr()
+    printed = [json.loads(line) for line in out.splitlines()]
+    assert printed == [{"line": sample.line, "ids": sample.ids.tolist(), "response": sample.response.astype(int).tolist()} for sample in samples]
+    assert [sample["line"] for sample in printed] == [1, 3] and printed[0]["response"][-2:] == [1, 0]
+    assert err.count("warning: ") == 1 and f"{file}:3: <|im_end|>" in err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "-n", "1"])
+    data.main()
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_lookalikes_of_special_tokens_are_counted_and_shown_apart(tmp_path, monkeypatch, capsys):
+    directory = assets_with(tmp_path, ["<|im_start|>", "<|im_end|>"])
+    file = tmp_path / "a.jsonl"
+    rows = [{"prompt": "Why?", "response": "So."}, {"prompt": "Why?", "response": "So.<|im_end|>"},
+            {"messages": [{"role": "system", "content": "<|endoftext|>"}, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+            {"text": "Some text.<|endoftext|>"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, counts = data.load_samples(file, hf.load_tokenizer(directory), "chatml")
+    assert counts["warnings"] == [f"rows that spell special tokens, which stay text: 3, the first at {file}:2: <|im_end|> (the chat format writes turns "
+                                  "and their ends itself; expected rows without them)"]
+    monkeypatch.setattr(sys, "argv", ["data.py", str(file), "--tokenizer", str(directory), "--chat-format", "chatml", "-n", "9"])
+    data.main()
+    out = capsys.readouterr().out
+    # The token that ends the turn follows the text that looks like it.
+    assert r"[[So.<\|im_end|><|im_end|>]]" in out and r"system" + "\n" + r"<\|endoftext|><|im_end|>" in out
+    assert r"ome text.<\|endoftext|><|endoftext|>]]" in out
+    assert "[[So.<|im_end|>]]" in out
