@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from runtime.terminal import guard_terminal
+
 
 class UserError(Exception):
     """A mistake in what the user gave us. Its message is one sentence: what is wrong, where, what was expected."""
@@ -41,9 +43,7 @@ def run(main):
     world = int(os.environ.get("WORLD_SIZE", 1))
     # As an exception, so that whatever is being written is cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if hasattr(sys.stdout, "reconfigure"):
-        # A terminal may lack characters that the data has.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    guard_terminal()
     try:
         main()
         sys.stdout.flush()

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from runtime.process import Stop
+from runtime.terminal import guard_terminal
 
 
 # In a worker: what it does with a task, and an event that says that the command is leaving.
@@ -53,6 +54,7 @@ def map_in_workers(function, tasks, count):
 def begin_worker(function, event):
     global task_function, leaving
     task_function, leaving = function, event
+    guard_terminal()
     torch.set_num_threads(1)
     # Signals are for trainings to look at. One that comes between two of them ends nothing here.
     Stop().__enter__()

@@ -2,6 +2,8 @@
 
 import itertools
 
+from runtime.terminal import escaped
+
 
 def render_table(rows, title):
     """Lines of text, in one string. rows: as tasks/statistics.py makes them."""
@@ -10,8 +12,10 @@ def render_table(rows, title):
     for row in merge_equal(rows):
         lines.append([label(row), *(cell_text(row, column) for column in columns)])
         lines += pair_lines(row, columns)
+    # A group or a name may hold anything, and is to stay in its cell.
+    lines = [[escaped(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(["", title, *(aligned(line, widths) for line in lines)])
+    return "\n".join(["", escaped(title), *(aligned(line, widths) for line in lines)])
 
 
 def heading(column, rows):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ def die(number):
     return number
 
 
+def say(words):
+    print(words)
+    print(words, file=sys.stderr, flush=True)
+
+
 def test_one_worker_is_this_process():
     assert list(map_in_workers(square, [3, 2], 1)) == [square(3), square(2)]
     assert list(map_in_workers(square, [3], 2)) == [square(3)]
@@ -35,6 +41,13 @@ def test_results_come_in_order_and_errors_as_they_are():
     assert squares == (9, 1, 4) and set(threads) == {1} and os.getpid() not in processes
     with pytest.raises(UserError, match="0 is not to be squared"):
         next(results)
+
+
+@pytest.mark.slow
+def test_what_others_wrote_does_not_drive_the_terminal(capfd):
+    list(map_in_workers(say, ["a\x1b[2J\rb", "c"], 2))
+    captured = capfd.readouterr()
+    assert r"a\x1b[2J\rb" in captured.out and r"a\x1b[2J\rb" in captured.err
 
 
 @pytest.mark.slow
