@@ -39,6 +39,7 @@ from runtime.flags import add_flags, check_bounds, flag, spelled
 from runtime.log import append_metrics
 from runtime.process import Parser, Stop, UserError, run
 from runtime.ranks import Ranks
+from runtime.report import check_packages, open_reports
 from runtime.run_directory import begin, check_out, describe
 from tasks.scoring import score
 
@@ -86,6 +87,7 @@ class Settings:
     keep: int = flag(2, "checkpoints to keep", at_least=1)
     resume: bool = flag(True, "go on from the newest checkpoint in --out; --no-resume starts again over it",
                         action=argparse.BooleanOptionalAction)
+    report: tuple = flag((), "where the lines of metrics.jsonl go too", nargs="+", choices=("tensorboard", "wandb"))
     device: str = flag("auto", "auto: cuda if there is one, else cpu")
     chat_format: str = flag("auto", "how turns become tokens; auto: by the model's own chat template, or what its "
                             "special tokens suggest",
@@ -94,6 +96,10 @@ class Settings:
     n_layer: int = flag(4, "with --init scratch: layers", at_least=1)
     n_head: int = flag(4, "with --init scratch: attention heads", at_least=1)
     n_embd: int = flag(128, "with --init scratch: width", at_least=1)
+
+
+NOT_IN_THE_DEFAULT_JOB = ("val_data", "prompt_template", "response_template", "tokenizer", "chat_format", "max_length",
+                          "report")
 
 
 def parse_settings(argv):
@@ -110,10 +116,9 @@ def parse_settings(argv):
     if grid and not is_default_job:
         raise UserError("--seeds and --lrs are the default job's, which has no --init or --data; expected --seed and "
                         "--lr")
-    if is_default_job and given.keys() & {"val_data", "prompt_template", "response_template", "tokenizer",
-                                          "chat_format", "max_length"}:
-        raise UserError("--val-data, --prompt-template, --response-template, --tokenizer, --chat-format and "
-                        "--max-length go with --init and --data: the default job has its own")
+    misplaced = [f"--{name.replace('_', '-')}" for name in NOT_IN_THE_DEFAULT_JOB if name in given]
+    if is_default_job and misplaced:
+        raise UserError(f"{', '.join(misplaced)}: the default job has its own; expected --init and --data with it")
     settings = Settings(**{**(default_job.DEFAULTS if is_default_job else {}), **given})
     settings.objective = tuple(dict.fromkeys(settings.objective))         # one that is named twice is trained once
     settings.data, settings.val_data = tuple(settings.data), tuple(settings.val_data)
@@ -167,6 +172,8 @@ def finetune(settings, ranks):
     if not settings.data or not settings.init:
         raise UserError(f"--{'init' if settings.data else 'data'} is missing; expected --init (a model, or 'scratch') "
                         "and --data (a file) together, or neither for the default job")
+    if ranks.rank == 0:
+        check_packages(settings.report)
     start = open_start(settings)
     check_memory(start.config, settings, ranks)
     settings = replace(settings, chat_format=start.chat_format.name)
@@ -320,7 +327,7 @@ def train(settings, objective, out, record, make_model, samples, validation, ext
     net = wrap(model, settings, dtype, ranks)
     log = StepLog(out, objective, model, samples, first_step, total, settings, dtype, ranks)
 
-    with Stop() as stop:
+    with Stop() as stop, contextlib.closing(log):
         done = first_step                                                 # steps
         received = 0                                                      # number of the signal that stops us; 0: none
         if what_is_due(first_step, total, settings, validation).validate and not validated:
@@ -551,11 +558,12 @@ ZEROS = 20                                                                # step
 
 
 class StepLog:
-    """metrics.jsonl and the terminal. Steps wait here until `write`, where the device is waited for."""
+    """metrics.jsonl, --report and the terminal. Steps wait here until `write`, where the device is waited for."""
 
     def __init__(self, out, objective, model, samples, first_step, total, settings, dtype, ranks):
         self.path, self.objective, self.model, self.total = out / "metrics.jsonl", objective, model, total
         self.settings, self.dtype, self.ranks = settings, dtype, ranks
+        self.reports = open_reports(settings.report, out, first_step) if ranks.rank == 0 else []
         self.waiting = []                                                 # of Step
         self.zeros = 0                                                    # steps in a row whose loss or gradient is 0
         self.warned_of_zeros = False
@@ -608,6 +616,14 @@ class StepLog:
     def append(self, lines):
         if self.ranks.rank == 0:
             append_metrics(self.path, lines)
+        for line in lines:
+            values = {name: value for name, value in line.items() if name != "step" and value is not None}
+            for report in self.reports:
+                report.add(line["step"], values)
+
+    def close(self):
+        for report in self.reports:
+            report.close()
 
     def speed(self, seconds):
         """Of the steps that wait, which took so long together."""

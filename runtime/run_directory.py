@@ -4,6 +4,7 @@
     metrics.jsonl             a line a step
     checkpoint/step-N.pt      weights that are trained, and the optimizer's state
     model/                    the result as a Hugging Face directory
+    tensorboard/, wandb/      what --report wrote
 """
 
 import functools
@@ -29,7 +30,7 @@ from runtime.process import UserError
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 # Settings that may change between runs without any effect on the result.
-WITHOUT_EFFECT = {"out", "save_every", "eval_every", "log_every", "keep", "resume"}
+WITHOUT_EFFECT = {"out", "save_every", "eval_every", "log_every", "keep", "resume", "report"}
 # What changes no more than the rounding of a run's numbers.
 ROUNDING = {"micro_tokens", "compile", "recompute", "device", "world_size", "threads", "git_commit", "python", "torch",
             "numpy", "tiktoken"}
@@ -178,7 +179,7 @@ def begin(out, record, start, resume, ranks):
 
 
 def remove_earlier_run(out):
-    for name in ("checkpoint", "model"):
+    for name in ("checkpoint", "model", "tensorboard", "wandb"):
         if (out / name).exists():
             shutil.rmtree(out / name)
 

@@ -29,7 +29,7 @@ ARROWS = {
 REQUIRED = {"torch", "numpy", "tiktoken", "regex", "jinja2"}
 # Packages of pyproject.toml's extras, and what these bring: imported in the function that uses them.
 EXTRAS = {"huggingface_hub", "matplotlib", "rouge_score", "sklearn", "sentence_transformers", "transformers",
-          "tokenizers", "pyarrow"}
+          "tokenizers", "pyarrow", "tensorboard", "wandb"}
 
 
 class Import(NamedTuple):

@@ -1,0 +1,73 @@
+"""--report: the lines of metrics.jsonl, as they are written, for tensorboard and wandb too."""
+
+import importlib
+import json
+import os
+import uuid
+
+from runtime.files import write_whole
+from runtime.process import UserError
+
+
+def check_packages(names):
+    """Raises UserError where one of --report is not installed."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            raise UserError(f'--report {name} needs its package ({e}): pip install -e ".[log]"') from None
+
+
+def open_reports(names, out, first_step):
+    """What takes the lines of a run directory that goes on after first_step. Raises UserError. Called by rank 0."""
+    reports = []
+    if "tensorboard" in names:
+        reports.append(TensorBoard(out, first_step))
+    if "wandb" in names:
+        reports.append(WandB(out))
+    return reports
+
+
+class TensorBoard:
+    """Event files in OUT/tensorboard."""
+
+    def __init__(self, out, first_step):
+        from torch.utils.tensorboard import SummaryWriter
+        # What is after the checkpoint is hidden: metrics.jsonl was cut there. Without one, it begins with step 0.
+        self.writer = SummaryWriter(out / "tensorboard", purge_step=first_step + 1 if first_step else 0)
+
+    def add(self, step, values):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        # Or a kill could cost it steps that the checkpoint has.
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    """A run of wandb, whose own files are in OUT/wandb. One that goes on keeps its id; of steps that it has already the
+    first lines stay."""
+
+    def __init__(self, out):
+        import wandb
+        file = out / "wandb" / "id"
+        if not file.is_file():
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, [uuid.uuid4().hex.encode()])
+        try:
+            # Or it would ask at the terminal for a key, and look at all that we print.
+            wandb.setup(wandb.Settings(silent=True, console="off"))
+            self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "balanced-fine-tuning"), name=str(out),
+                                  id=file.read_text(), resume="allow", dir=out,
+                                  config=json.loads((out / "config.json").read_bytes()))
+        except Exception as e:
+            # No key, no network, a run that was deleted: the library's words say which.
+            raise UserError(f"--report wandb: {e}") from None
+
+    def add(self, step, values):
+        self.run.log(values, step=step)
+
+    def close(self):
+        self.run.finish()
