@@ -10,7 +10,8 @@ import unicodedata
 import pytest
 import torch
 from evaluation_files import small, write
-from support import ASSETS, ROOT, SMALL, metrics, save_with_tokenizer, torchrun
+from forked import forked
+from support import ASSETS, ROOT, SMALL, metrics, save_with_tokenizer
 
 import data
 import eval as evaluation
@@ -113,13 +114,12 @@ def test_names_of_files_are_shown(ranks, work, tmp_path):
     path, out = tmp_path / f"{ODD}.jsonl", tmp_path / f"out {ODD}"
     path.write_bytes((work / "samples.jsonl").read_bytes())
     argv = [ROOT / "train.py", *SMALL, "--device", "cpu", "--steps", "1", "--out", out, "--data"]
-    done = torchrun(ranks, *argv, path)
+    done = forked(ranks, *argv, path)
     check_printed(done.stdout, f"{SHOWN}.jsonl: 3 samples", f"out {SHOWN}: bft from step 0", f"the model is in {tmp_path}/out {SHOWN}/model")
     assert done.returncode == 0 and len(metrics(out)) == 1
-    done = torchrun(ranks, *argv, f"{path}x")
-    if ranks == 1:
-        check_printed(done.stderr, "error: ", r"a\x1b[2Jb ")
-    assert done.returncode == (2 if ranks == 1 else 1) and "\x1b" not in done.stderr and r"a\x1b[2Jb " in done.stderr
+    done = forked(ranks, *argv, f"{path}x")
+    check_printed(done.stderr, r"a\x1b[2Jb ")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
