@@ -35,6 +35,7 @@ import torch
 
 import hf
 from runtime.process import Parser, UserError, run
+from runtime.progress import with_progress
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
     samples, cut, dropped = [], 0, 0
     mixed = []                       # where a question would be trained together with its answer
     lookalikes = []                  # where a text spells special tokens, and the first that it spells
-    for row in rows:
+    for row in with_progress(rows, f"rows of {', '.join(map(str, paths))}"):
         conversation = as_conversation(row.content, row.where, templates)
         if holds_question_and_answer(conversation, templates):
             mixed.append(row.where)

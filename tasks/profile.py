@@ -8,7 +8,7 @@ import numpy as np
 from runtime.process import UserError
 from tasks import Answers, writing
 from tasks.items import load_genes
-from tasks.progress import with_progress
+from runtime.progress import with_progress
 from tasks.statistics import Estimate, compare, resample_counts, resamples
 
 

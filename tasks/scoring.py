@@ -10,7 +10,7 @@ import bft
 from data import collate, deal
 from runtime.device import autocast
 from runtime.process import UserError
-from tasks.progress import with_progress
+from runtime.progress import with_progress
 
 
 @torch.no_grad()

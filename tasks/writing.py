@@ -12,7 +12,7 @@ from model import Packing
 from runtime.device import autocast
 from runtime.process import UserError
 from tasks.items import warn_of_template
-from tasks.progress import with_progress
+from runtime.progress import with_progress
 from tasks.scoring import micro_batches_of_rank, sum_over_ranks
 
 

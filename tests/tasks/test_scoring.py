@@ -9,7 +9,7 @@ from support import ASSETS
 import hf
 from data import load_samples
 from runtime.process import UserError
-from tasks import progress
+from runtime import progress
 from tasks.nll import nll_items
 from tasks.scoring import Request, loglikelihood, micro_batches_of_rank, score, sum_over_ranks
 
