@@ -462,9 +462,11 @@ def special_names(tokenizer):
         path = tokenizer.path.with_name(file)
         if not path.is_file():
             continue
-        for key, value in json.loads(path.read_bytes()).items():
-            if isinstance(value, dict):
-                value = value.get("content")
-            if key.endswith("_token") and isinstance(value, str):
-                names[key] = value
+        try:
+            content = json.loads(path.read_bytes())
+            named = {key: value["content"] if isinstance(value, dict) else value
+                     for key, value in content.items() if key.endswith("_token")}
+        except (ValueError, KeyError, AttributeError, RecursionError) as e:
+            raise UserError(f"{path} is not a configuration that we can read: {e!r}") from None
+        names.update({key: text for key, text in named.items() if isinstance(text, str)})
     return names
