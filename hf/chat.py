@@ -290,26 +290,23 @@ class ChatFormat:
     # After it
 
     def check_turn(self, whole, ends, number, turn, content):
-        """Raises UserError if the turn is not in the whole once, as it was given."""
+        """Raises UserError if the turn, whose content was marked so, is not in the whole as it was given."""
         if content == turn.content:
             # It is blank.
             return
         spans = [span for span, other in ends if other == number]
-        content = content.replace(UNTOUCHED, "").strip()
-        given, written = turn.content, ""
+        written = ""
         if spans:
-            written = whole[end_before(ends, spans[0][0]):spans[0][0]]
-        if turn.role != "assistant" and spans and written.endswith(END.sub("", content)):
+            start, _ = spans[0]
+            written = whole[end_before(ends, start):start]
+        if turn.role == "assistant":
+            is_there = len(spans) == 1 and holds_answer(written, turn)
+        else:
+            is_there = written.endswith(END.sub("", content.strip()))
+        if is_there:
             return
-        if turn.role == "assistant" and len(spans) == 1:
-            if not turn.is_trained:
-                # Thoughts of what is context may go.
-                given = given.rpartition("</think>")[2]
-            written = squeeze(MARKS.sub("", written))
-            if written.endswith(squeeze(given)) and squeeze(turn.thoughts or "") in written:
-                return
         lost = f"turn {number + 1} ({turn.role}: {turn.content.strip()[:40]!r})"
-        if turn.thoughts is not None or "</think>" in given:
+        if turn.thoughts is not None or "</think>" in turn.content:
             raise UserError(f"{self.where} does not write the thoughts of {lost}; expected them in a last turn, so one "
                             "sample for each turn that has thoughts, in a form that it knows, or another --chat-format")
         raise UserError(f"{self.where} does not write {lost} as it is; expected a conversation without it, or another "
@@ -394,6 +391,15 @@ def find_ends(text):
 def end_before(ends, position):
     """Where the last content before this position ends."""
     return max((span[1] for span, _ in ends if span[1] <= position), default=0)
+
+
+def holds_answer(written, turn):
+    """Whether a template wrote all of an assistant's turn. It may have set white space in its way, and thoughts before
+    the content; of what is context it may have left the thoughts out."""
+    written = squeeze(MARKS.sub("", written))
+    if not turn.is_trained:
+        return written.endswith(squeeze(turn.content.rpartition("</think>")[2]))
+    return written.endswith(squeeze(turn.content)) and squeeze(turn.thoughts or "") in written
 
 
 def squeeze(text):

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.process import UserError
+from runtime.progress import with_progress
 from tasks import Answers, writing
 from tasks.items import load_genes
-from runtime.progress import with_progress
 from tasks.statistics import Estimate, compare, resample_counts, resamples
 
 

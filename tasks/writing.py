@@ -11,8 +11,8 @@ import hf
 from model import Packing
 from runtime.device import autocast
 from runtime.process import UserError
-from tasks.items import warn_of_template
 from runtime.progress import with_progress
+from tasks.items import warn_of_template
 from tasks.scoring import micro_batches_of_rank, sum_over_ranks
 
 

@@ -8,8 +8,8 @@ from support import ASSETS
 
 import hf
 from data import load_samples
-from runtime.process import UserError
 from runtime import progress
+from runtime.process import UserError
 from tasks.nll import nll_items
 from tasks.scoring import Request, loglikelihood, micro_batches_of_rank, score, sum_over_ranks
 
