@@ -92,6 +92,12 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
         samples.append(Sample(np.array(ids, dtype=np.int64), np.array(response), group, row.number, row.where))
     if not samples:
         raise UserError(f"{', '.join(map(str, paths))}: no sample has a response token left within {max_length} tokens")
+    counts = {"samples": len(samples), "cut": cut, "dropped": dropped, "warnings": warnings_of(mixed, lookalikes)}
+    return samples, counts
+
+
+def warnings_of(mixed, lookalikes):
+    """Sentences about rows that may not be what was meant, at these places."""
     warnings = []
     if mixed:
         warnings.append(f"texts that look like a question with its answer: {len(mixed)}, the first at {mixed[0]}; both "
@@ -100,7 +106,7 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
         where, token = lookalikes[0]
         warnings.append(f"rows that spell special tokens, which stay text: {len(lookalikes)}, the first at {where}: "
                         f"{token} (the chat format writes turns and their ends itself; expected rows without them)")
-    return samples, {"samples": len(samples), "cut": cut, "dropped": dropped, "warnings": warnings}
+    return warnings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
