@@ -306,9 +306,12 @@ class ChatFormat:
         if is_there:
             return
         lost = f"turn {number + 1} ({turn.role}: {turn.content.strip()[:40]!r})"
-        if turn.thoughts is not None or "</think>" in turn.content:
-            raise UserError(f"{self.where} does not write the thoughts of {lost}; expected them in a last turn, so one "
-                            "sample for each turn that has thoughts, in a form that it knows, or another --chat-format")
+        if turn.thoughts is not None:
+            raise UserError(f"{self.where} does not write the thoughts (reasoning_content) of {lost}; expected them in "
+                            "a last turn (one sample for each turn that has thoughts), or as <think> in its content")
+        if "</think>" in turn.content:
+            raise UserError(f"{self.where} does not write the thoughts (<think>) of {lost}; expected them in a last "
+                            "turn: one sample for each turn that has thoughts")
         raise UserError(f"{self.where} does not write {lost} as it is; expected a conversation without it, or another "
                         "--chat-format")
 

@@ -165,7 +165,7 @@ def test_thoughts_are_kept_apart(tokenizer):
     assert read({"messages": [MESSAGES[0], both]})[1].thoughts == "a"
     words = refusal({"messages": [MESSAGES[0], {**both, "thinking": "b"}]})
     assert "'reasoning_content', 'thinking' hold different thoughts" in words
-    with pytest.raises(UserError, match="FILE:1: chat format plain does not write the thoughts of turn 2"):
+    with pytest.raises(UserError, match=r"FILE:1: chat format plain does not write the thoughts \(reasoning_content\) of turn 2"):
         data.load_samples("FILE", tokenizer, "plain", rows=[(1, {"messages": [MESSAGES[0], both]})])
 
 

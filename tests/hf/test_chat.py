@@ -159,7 +159,7 @@ def test_thoughts_in_a_key_of_their_own(tmp_path):
     assert marked(qwen3, [question, answer]).endswith("[[<think>\nBecause so.\n</think>\n\nYes.<|im_end|>]]\n")
     # Without thoughts the last answer has empty ones, as its template writes them.
     assert marked(qwen3, [question, answer._replace(thoughts=None)]).endswith("[[<think>\n\n</think>\n\nYes.<|im_end|>]]\n")
-    with pytest.raises(UserError, match="does not write the thoughts of turn 2"):
+    with pytest.raises(UserError, match=r"does not write the thoughts \(reasoning_content\) of turn 2"):
         load(chat_directory(tmp_path / "smol", "SmolLM2")).encode([question, answer])
     # An earlier turn would lose them.
     for earlier in (answer, Turn("assistant", THOUGHT)):
