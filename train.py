@@ -118,7 +118,7 @@ def parse_settings(argv):
                         "--lr")
     misplaced = [f"--{name.replace('_', '-')}" for name in NOT_IN_THE_DEFAULT_JOB if name in given]
     if is_default_job and misplaced:
-        raise UserError(f"{', '.join(misplaced)}: the default job has its own; expected --init and --data with it")
+        raise UserError(f"{', '.join(misplaced)}: not for the default job; expected --init and --data with it")
     settings = Settings(**{**(default_job.DEFAULTS if is_default_job else {}), **given})
     settings.objective = tuple(dict.fromkeys(settings.objective))         # one that is named twice is trained once
     settings.data, settings.val_data = tuple(settings.data), tuple(settings.val_data)

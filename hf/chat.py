@@ -72,12 +72,16 @@ def plain_template(tokenizer):
 
 
 def eos_text(tokenizer):
-    """Raises UserError where there is none."""
+    """Raises UserError where there is none, or one that texts are made of."""
     for text, i in tokenizer.special.items():
         if i == tokenizer.eos_id:
             return text
-    raise UserError("the tokenizer names no end-of-text token; expected eos_token in tokenizer_config.json or "
-                    "eos_token_id in config.json")
+    where = tokenizer.path or "the tokenizer"
+    if tokenizer.eos_id is None:
+        raise UserError(f"{where} names no end-of-text token; expected eos_token in tokenizer_config.json or "
+                        "eos_token_id in config.json")
+    raise UserError(f"{where}: its end-of-text token {tokenizer.decode([tokenizer.eos_id])!r} ({tokenizer.eos_id}) is "
+                    "one that texts are made of; expected a special token")
 
 
 def begin_ids(tokenizer):
@@ -271,6 +275,10 @@ class ChatFormat:
         return f"{before}{HIDDEN}{inside}{ENDS}{number}{ENDS}{after}"
 
     def hide(self, text):
+        """What spells a special token is broken in two. Raises UserError where it is a single character."""
+        for token in self.lookalike.findall(text):
+            if len(token) == 1:
+                raise UserError(f"a text holds {token!r}, which is a special token; expected text")
         return self.lookalike.sub(lambda match: match[0][0] + HIDDEN + match[0][1:], text)
 
     def message(self, turn, content):

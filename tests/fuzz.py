@@ -26,7 +26,7 @@ import safetensors.torch
 import tokenizers
 import torch
 from support import ASSETS, save_with_tokenizer, tiny
-from tokenizer_files import CHATML, SPECIAL, STYLES, build
+from tokenizer_files import SPECIAL, STYLES, build
 
 import data
 import hf
@@ -41,6 +41,7 @@ from runtime.process import run as run_command
 
 
 SECONDS, MEMORY = 20, 2 * 2 ** 30                                         # of one input; of all of them together
+TEMPLATE = "{% for m in messages %}{{ m.content }}{{ '<|endoftext|>' if m.role == 'assistant' else '\n' }}{% endfor %}"
 ODD = [None, True, False, 0, -1, 1, 2, 7, 2 ** 31, 2 ** 63, 10 ** 18, 10 ** 30, "DIGITS", 0.5, -0.0, 1e308, -1e308, float("nan"), "", "x", "\0",
        "\ud800", "../../x", "/etc/passwd", "a" * 10000, "ÿ", [], {}, [[]], {"a": {}}, [1, 2], "true", "Ġ", "<|im_end|>"]
 PIECES = [b"\xef\xbb\xbf", b"\0", b"\r\n", b"\r", b"\n", b"\n\n", b"\xff", b"\xc3", b"\\ud800", b"\\uDFFF", b"\\ud83d\\ude00", b"\\u0000", b"[" * 100_000,
@@ -205,7 +206,9 @@ def directory_of_a_model(directory, rng, made):
         with torch.device("meta"):
             GPT(opened[1])
         generation, error = refusal(lambda: hf.generation_config(directory), directory, UserError)
-        hf.stop_ids(opened[1], generation or {}, opened[2], "plain")
+        chat_format, error = refusal(lambda: hf.load_chat_format(None, opened[2], "plain"), directory, UserError)
+        if chat_format:
+            hf.stop_ids(opened[1], generation or {}, opened[2], chat_format)
     loaded, error = refusal(lambda: hf.load_model(directory), directory, ValueError, FileNotFoundError)
     if error:
         return "refused"
@@ -289,7 +292,7 @@ def make(directory):
         save_with_tokenizer(tiny(vocab_size=made["tokenizer"].n_vocab, **change), made["models"] / name)
         hf.weights.SHARD_BYTES = limit
         (made["models"] / name / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4], "temperature": 0.5}))
-        (made["models"] / name / "chat_template.jinja").write_text(CHATML)
+        (made["models"] / name / "chat_template.jinja").write_text(TEMPLATE)
     net = tiny(vocab_size=len(SPECIAL))
     optimizer = torch.optim.AdamW(net.parameters())
     net(torch.zeros(1, 5, dtype=torch.int64)).sum().backward()

@@ -243,7 +243,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(rows, tmp_path):
     if rows > 2:
         process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 0
+    said = process.stderr.read().splitlines()
+    # How many rows are read, on a slow machine.
+    assert all(line.startswith(b"rows of ") for line in said) and process.wait() == 0
     process.stderr.close()
 
 

@@ -367,12 +367,12 @@ def test_templates_that_cannot_be_meant_are_refused(prompt, response, words):
 def test_the_command_shows_what_templates_make_and_warns(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": Q, "answer": A}) + "\n")
     command = [sys.executable, ROOT / "data.py", tmp_path / "a.jsonl", "--tokenizer", ASSETS]
-    out = subprocess.run([*command, "--prompt-template", "{question}", "--response-template", "{answer}"], capture_output=True, text=True, check=True).stdout
-    assert f"{Q}\n[[{A}<|endoftext|>]]" in out and "warning" not in out
+    shown = subprocess.run([*command, "--prompt-template", "{question}", "--response-template", "{answer}"], capture_output=True, text=True, check=True)
+    assert f"{Q}\n[[{A}<|endoftext|>]]" in shown.stdout and shown.stderr == ""
     for flags, words in (((), "the keys are 'question', 'answer'; expected"), (("--prompt-template", "{question}"), "go together"),
                          (("--prompt-template", "{question}", "--response-template", "{reply}"), "a.jsonl:1: no key 'reply'")):
         bad = subprocess.run([*command, *flags], capture_output=True, text=True)
         assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and words in bad.stderr
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": MIXED[0]}) + "\n")
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert f"warning: texts that look like a question with its answer: 1, the first at {tmp_path / 'a.jsonl'}:1;" in out
+    err = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert f"warning: texts that look like a question with its answer: 1, the first at {tmp_path / 'a.jsonl'}:1;" in err

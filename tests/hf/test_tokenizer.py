@@ -161,7 +161,7 @@ def test_marks_that_no_text_has_are_refused_where_they_would_take_forever(tmp_pa
     assert ours.encode("a" + "\u0301" * 1000) and ours.encode("e\u0301 " * 100_000)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" + "\u0301\u0323" * 500_000}))
     with pytest.raises(UserError, match="a.jsonl:1: more than 1,000 combining marks"):
-        data.load_samples(tmp_path / "a.jsonl", ours)
+        data.load_samples(tmp_path / "a.jsonl", ours, "plain")
 
 
 def test_unsupported_tokenizers_are_refused_by_name(tmp_path):

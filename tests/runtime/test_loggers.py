@@ -162,4 +162,4 @@ def test_without_a_key_nothing_is_trained(tmp_path):
 
 def test_the_default_job_has_no_report(monkeypatch, capsys):
     assert call(monkeypatch, "--report", "wandb") == 2
-    assert "--report go with --init and --data" in capsys.readouterr().err
+    assert "--report: not for the default job; expected --init and --data with it" in capsys.readouterr().err
