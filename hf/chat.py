@@ -10,6 +10,7 @@ Characters that no text has (Unicode's noncharacters) stand in the contents whil
     HIDDEN      inside of what a content has of special tokens' spellings, which so stay text; and before each content
     ENDS        around the number of a turn, after its content: there the turn is found again
     UNTOUCHED   inside of <think> and </think>, for templates that would drop what stands between
+    THOUGHT     around thoughts that stand in a key of their own
 """
 
 import itertools
@@ -27,10 +28,10 @@ from hf.weights import untrained_rows
 from runtime.process import UserError
 
 
-HIDDEN, ENDS, UNTOUCHED = "\ufdd0", "\ufdd1", "\ufdd2"
-END = re.compile(f"{ENDS}[0-9]+{ENDS}")
-MARKS = re.compile(f"{END.pattern}|{HIDDEN}")
-NONCHARACTERS = re.compile(f"[{HIDDEN}{ENDS}{UNTOUCHED}]")
+HIDDEN, ENDS, UNTOUCHED, THOUGHT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+END = re.compile(f"{ENDS}[0-9]{{1,9}}{ENDS}")
+MARKS = re.compile(f"{END.pattern}|{HIDDEN}|{THOUGHT}")
+NONCHARACTERS = re.compile(f"[{HIDDEN}{ENDS}{UNTOUCHED}{THOUGHT}]")
 THOUGHT_TAGS = ("<think>", "</think>")
 RENDER_SECONDS = 10                  # for a conversation
 
@@ -130,8 +131,9 @@ def read_template(directory):
         if isinstance(template, list):
             # There are several, by name.
             template = {entry["name"]: entry["template"] for entry in template}["default"]
-        if not isinstance(template, str | None):
-            raise TypeError(f"it is {type(template).__name__}")
+        if template is not None:
+            # Raises where it is no text, or not of whole characters.
+            template.encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{directory}: its chat template cannot be read ({e!r}); expected one text, or --chat-format "
                         f"{', '.join(CHAT_FORMATS)}") from None
@@ -205,17 +207,30 @@ class ChatFormat:
 
     def look_at_an_example(self):
         """Finds out which tokens the template writes, what ends a response, and what becomes of thoughts."""
-        example = [{"role": "user", "content": "Why?"},
-                   {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nSo."}]
-        whole, prompt = self.render(example, [(2, False), (1, True)])
+        question = {"role": "user", "content": "Why?"}
+        answer = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nSo."}
+        whole, prompt = self.render([question, answer], [(2, False), (1, True)])
         self.drops_thoughts = "Hm." not in whole
-        self.tokens = [match[0].strip() for match in self.written.finditer(whole + prompt)]
-        self.tokens = [token for token in dict.fromkeys(self.tokens) if token not in THOUGHT_TAGS]
+        self.tokens = self.tokens_in(whole + prompt)
+        try:
+            longer = [{"role": "system", "content": "Be brief."}, question, answer, question, answer]
+            self.tokens = list(dict.fromkeys(self.tokens + self.tokens_in(*self.render(longer, [(5, False)]))))
+        except UserError:
+            # It has no place for a system text, or for a second round.
+            pass
         # A text that spells one of these stays text.
         special = [text for text, token in self.added.items() if token.special]
         self.lookalike = pattern_of({text: self.added[text] for text in [*special, *self.tokens]}, strip=False)
+        # What the next turn begins with does not end a response.
+        before, _, _ = whole.rpartition("Why?")
+        *_, self.opening = ["", *self.written.findall(before)]
         ids, response = self.encode([Turn("user", "Why?"), Turn("assistant", "So.")])
         self.end = next(i for i, is_response in zip(reversed(ids), reversed(response)) if is_response)
+
+    def tokens_in(self, text):
+        """The added tokens that the template has written, each once, without those of thoughts."""
+        tokens = [match[0].strip() for match in self.written.finditer(text)]
+        return [token for token in dict.fromkeys(tokens) if token not in THOUGHT_TAGS]
 
     def encode(self, turns):
         """(ids, whether each is response) of a conversation, a list of Turn.
@@ -232,7 +247,13 @@ class ChatFormat:
         messages = [self.message(turn, content) for turn, content in zip(written, contents)]
         trained = [number for number, turn in enumerate(written) if turn.role == "assistant" and turn.is_trained]
         asks = len(written) < len(turns)
-        whole, *prompts = self.render(messages, [(len(written), asks), *((number, True) for number in trained)])
+        try:
+            whole, *prompts = self.render(messages, [(len(written), asks), *((number, True) for number in trained)])
+        except UserError as e:
+            if trained[:1] != [0]:
+                raise
+            raise UserError(f"{e} (the conversation begins with the assistant's turn: expected a user's first, or "
+                            "weight 0 for that turn)") from None
         if trained and trained[-1] == len(written) - 1:
             whole = self.with_question(whole, trained[-1], contents[-1], prompts[-1])
         ends = find_ends(whole)
@@ -284,8 +305,11 @@ class ChatFormat:
     def message(self, turn, content):
         message = {"role": turn.role, "content": content}
         if turn.thoughts is not None:
-            message["reasoning_content"] = self.hide(turn.thoughts)
+            message["reasoning_content"] = message["thinking"] = self.mark_thoughts(turn)
         return message
+
+    def mark_thoughts(self, turn):
+        return THOUGHT + self.hide(turn.thoughts.strip()) + THOUGHT
 
     def render(self, messages, wanted):
         try:
@@ -293,6 +317,10 @@ class ChatFormat:
         except ValueError as e:
             raise UserError(f"{self.where}: {e}; expected a conversation as it wants it, or another --chat-format "
                             f"({', '.join(CHAT_FORMATS)})") from None
+        for text in texts:
+            numbers = [int(mark.strip(ENDS)) for mark in END.findall(text)]
+            if text.count(ENDS) != 2 * len(numbers) or max(numbers, default=0) >= max(1, len(messages)):
+                raise UserError(f"{self.where} writes noncharacters of its own; expected text")
         return [text.replace(UNTOUCHED, "") for text in texts]
 
     # After it
@@ -309,6 +337,8 @@ class ChatFormat:
             written = whole[end_before(ends, start):start]
         if turn.role == "assistant":
             is_there = len(spans) == 1 and holds_answer(written, turn)
+            if turn.is_trained and turn.thoughts is not None:
+                is_there = is_there and self.mark_thoughts(turn) in written
         else:
             is_there = written.endswith(END.sub("", content.strip()))
         if is_there:
@@ -342,9 +372,9 @@ class ChatFormat:
         begin += length_in_common(region, prompt, content.replace(UNTOUCHED, "").strip())
         match = self.written.search(whole, last)
         next_turn = min((span[0] for span, _ in ends if span[0] > first), default=len(whole))
-        if match is None or match.start() > next_turn:
-            raise UserError(f"{self.where} ends the assistant's turn with no special token; expected one, or another "
-                            "--chat-format")
+        if match is None or match.start() > next_turn or match[0] == self.opening:
+            raise UserError(f"{self.where} ends an assistant's turn with no special token of its own; expected one, or "
+                            "another --chat-format")
         return begin, match.end()
 
     def tokenise(self, whole, responses):
@@ -410,7 +440,7 @@ def holds_answer(written, turn):
     written = squeeze(MARKS.sub("", written))
     if not turn.is_trained:
         return written.endswith(squeeze(turn.content.rpartition("</think>")[2]))
-    return written.endswith(squeeze(turn.content)) and squeeze(turn.thoughts or "") in written
+    return written.endswith(squeeze(turn.content))
 
 
 def squeeze(text):
@@ -449,6 +479,7 @@ class Renderer:
     def render(self, messages, wanted):
         """The texts of what is wanted, [(how many of the messages, whether the prompt for an answer follows), ...]."""
         timer = threading.Timer(RENDER_SECONDS, self.process.kill)
+        timer.daemon = True
         timer.start()
         try:
             self.process.stdin.write(json.dumps([messages, wanted]) + "\n")
@@ -456,9 +487,12 @@ class Renderer:
             line = self.process.stdout.readline()
         except OSError:
             line = ""
-        timer.cancel()
+        finally:
+            was_in_time = timer.is_alive()
+            timer.cancel()
         if not line.endswith("\n"):
-            raise ValueError(f"it takes more than {RENDER_SECONDS} s, or more memory than it may")
+            reason = "its process has ended" if was_in_time else f"it takes more than {RENDER_SECONDS} s"
+            raise ValueError(f"it cannot be rendered: {reason}")
         answer = json.loads(line)
         if "error" in answer:
             raise ValueError(f"it cannot be rendered: {answer['error']}")

@@ -13,7 +13,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 MOST_BYTES = 2 ** 30                 # of memory
-MOST_CHARACTERS = 2 ** 26            # of a conversation
+# What a template may add to a conversation, in characters, beside a few times the conversation itself.
+MOST_CHARACTERS = 2 ** 20
+ENDS = "\ufdd1"                      # see hf/chat.py
 # The same text every day.
 TODAY = datetime.datetime(2024, 7, 26)
 
@@ -45,12 +47,18 @@ def compile_template(text):
     return environment.from_string(text)
 
 
-def render(template, names, messages, add_generation_prompt):
-    text = template.render(messages=messages, tools=None, documents=None,
-                           add_generation_prompt=add_generation_prompt, **names)
-    if len(text) > MOST_CHARACTERS:
-        raise jinja2.TemplateError(f"it writes more than {MOST_CHARACTERS} characters")
-    return text
+def render(template, names, messages, wanted, most_characters):
+    """The first and the last text that is wanted, whole; of those between, what follows the last content."""
+    texts = []
+    for number, (count, add_generation_prompt) in enumerate(wanted, 1):
+        text = template.render(messages=messages[:count], tools=None, documents=None,
+                               add_generation_prompt=add_generation_prompt, **names)
+        if len(text) > most_characters:
+            raise jinja2.TemplateError(f"it writes {len(text)} characters; expected at most {most_characters}")
+        if 1 < number < len(wanted):
+            text = text.rpartition(ENDS)[2]
+        texts.append(text)
+    return texts
 
 
 def bound_memory():
@@ -72,7 +80,7 @@ def main():
         try:
             template = template or compile_template(text)
             messages, wanted = json.loads(line)
-            answer = {"texts": [render(template, names, messages[:count], prompt) for count, prompt in wanted]}
+            answer = {"texts": render(template, names, messages, wanted, MOST_CHARACTERS + 4 * len(line))}
         except Exception as e:
             answer = {"error": str(e)[:500] or type(e).__name__}
         print(json.dumps(answer), flush=True)

@@ -117,7 +117,7 @@ def untrained_rows(directory, ids):
             # By parts, since abs() copies.
             largest = torch.cat([rows.abs().amax(1).float() for rows in matrix.split(4096)])   # (V,)
             limit = largest.median() / 1000
-            untrained.update(i for i in ids if largest[i] <= limit)
+            untrained.update(i for i in ids if i < len(largest) and largest[i] <= limit)
     return [i for i in ids if i in untrained]
 
 
