@@ -27,6 +27,7 @@ import math
 import re
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,8 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
     """All samples of a file, or of a list of files one after the other: (list of Sample, counts).
 
     A sample of more than max_length tokens is cut at its end; one without a response token left is dropped. counts has
-    the numbers of "samples", "cut" and "dropped", and a list of sentences under "warnings".
+    the numbers of "samples", "cut" and "dropped", the keys that were "unread" as text, and a list of sentences under
+    "warnings".
     rows: [(line number, object), ...] to use in place of the file's content, path then only names them in errors.
     templates: what `parse_templates` makes of --prompt-template and --response-template.
     Raises UserError naming file and row.
@@ -68,8 +70,11 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
     samples, cut, dropped = [], 0, 0
     mixed = []                       # where a question would be trained together with its answer
     lookalikes = []                  # where a text spells special tokens, and the first that it spells
+    unread = Counter()               # keys without a meaning here
     for row in with_progress(rows, f"rows of {', '.join(map(str, paths))}"):
         conversation = as_conversation(row.content, row.where, templates)
+        if not templates:
+            unread.update(row.content.keys() - READ)
         if holds_question_and_answer(conversation, templates):
             mixed.append(row.where)
         spelled = [token for turn in conversation for token in chat_format.find_lookalikes(turn)]
@@ -92,8 +97,14 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
         samples.append(Sample(np.array(ids, dtype=np.int64), np.array(response), group, row.number, row.where))
     if not samples:
         raise UserError(f"{', '.join(map(str, paths))}: no sample has a response token left within {max_length} tokens")
-    counts = {"samples": len(samples), "cut": cut, "dropped": dropped, "warnings": warnings_of(mixed, lookalikes)}
+    counts = {"samples": len(samples), "cut": cut, "dropped": dropped, "unread": spelled_counts(unread),
+              "warnings": warnings_of(mixed, lookalikes)}
     return samples, counts
+
+
+def spelled_counts(keys):
+    """A Counter of keys as text, the first ten."""
+    return ", ".join(f"{key!r} ({number})" for key, number in list(keys.items())[:10]) or "none"
 
 
 def warnings_of(mixed, lookalikes):
@@ -291,10 +302,11 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 LISTS = ("messages", "conversations", "conversation")
 PAIRS = (("prompt", "response"), ("instruction", "output"))
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-PARTS = (*LISTS, "prompt", "response", "completion", "instruction", "input", "output", "history", "text", *THOUGHTS)
+PARTS = (*LISTS, "prompt", "response", "completion", "instruction", "instructions", "input", "inputs", "output",
+         "history", "text", "context", "suffix", *THOUGHTS, "thought", "thoughts", "think", "cot")
 SYSTEM = ("system", "system_prompt")
 # Of a message: whether the model is to learn it.
-WEIGHTS = ("weight", "train", "train_on_turn", "loss_mask", "mask")
+WEIGHTS = ("weight", "train", "train_on_turn", "training", "loss", "loss_mask", "mask")
 
 
 def as_conversation(row, where, templates=None):
@@ -445,8 +457,11 @@ def text_of(mapping, key, where, may_be_blank=False):
 # What a row may not hold
 
 # What no chat format here writes: rows with it would be read as something smaller.
-UNREAD = ("tools", "tool_calls", "tool_call_id", "functions", "function_call", "image", "images", "audio", "audios",
-          "video", "videos", "refusal", "chosen", "rejected")
+UNREAD = ("tools", "tool_calls", "tool_call_id", "available_tools", "functions", "function_call", "function_calls",
+          "image", "images", "image_url", "image_path", "image_bytes", "audio", "audios", "video", "videos", "refusal",
+          "chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "system_message", "systemprompt",
+          "reasoning_details", "weights", "masks", "labels", "loss_weight", "loss_scale", "train_detail")
+READ = {*PARTS, *SYSTEM, *WEIGHTS, "group"}
 # What begins or ends a turn in chat formats.
 TURN_MARKS = re.compile(r"<\|(?:im_start|im_end|start_header_id|eot_id|user|assistant|end|turn)\|>|"
                         r"<(?:start|end)_of_turn>|\[/?INST\]|<｜(?:User|Assistant)｜>")
@@ -461,10 +476,16 @@ def refuse_unread(row, where):
     for key in LISTS:
         if isinstance(row.get(key), list):
             holders += [message for message in row[key] if isinstance(message, dict)]
-    unread = [key for key in UNREAD if any(not is_empty(holder.get(key)) for holder in holders)]
+    unread = []
+    for holder in holders:
+        unread += [key for key, value in holder.items()
+                   if key.lower() in UNREAD and not is_empty(value) and key not in unread]
     if unread:
         raise UserError(f"{where}: {spelled_keys(unread)} would be lost, since no chat format here writes it; expected "
                         "rows without, or the texts as the model is to write them")
+    if row.get("label") is False:
+        raise UserError(f"{where}: 'label' is false, which marks an answer that is not to be learned; expected no such "
+                        "row")
     for key in WEIGHTS:
         if row.get(key) is not None and row[key] != 1:
             raise UserError(f"{where}: {key!r} is {str(row[key])[:50]!r}; rows have no weights here, turns of "
@@ -474,8 +495,9 @@ def refuse_unread(row, where):
 def refuse_other_parts(row, used, turns, where):
     """Raises UserError for a part of a conversation that is not in these turns, which were read from the keys used."""
     texts = [text for turn in turns for text in (turn.content, turn.thoughts)]
-    for key in PARTS:
-        if key not in used and not is_empty(row.get(key)) and row[key] not in texts:
+    for key, value in row.items():
+        is_part = key.lower() in PARTS or (key.lower() in SYSTEM and key not in SYSTEM)
+        if is_part and key not in used and not is_empty(value) and value not in texts:
             raise UserError(f"{where}: {key!r} holds another text than {spelled_keys(used)}; expected one "
                             "conversation, or --prompt-template and --response-template that say what is meant")
 
@@ -698,7 +720,7 @@ def main():
             print(json.dumps({"line": sample.line, "ids": sample.ids.tolist(),
                               "response": sample.response.astype(int).tolist()}))
         return
-    print(f"chat format {chat_format.name}")
+    print(f"chat format {chat_format.name}; keys that are not read: {counts['unread']}")
     for sample in samples[:args.n]:
         print(f"--- {sample.where}: {len(sample.ids)} tokens, {sample.response.sum()} of response (between [[ and ]])")
         print(marked(sample, chat_format))

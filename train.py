@@ -260,7 +260,7 @@ def load_sets(settings, start, ranks):
         samples, counts = load_samples(paths, start.tokenizer, start.chat_format, longest, templates=templates)
         ranks.print(f"{' '.join(paths)}: {counts['samples']} samples, chat format {settings.chat_format}; "
                     f"{counts['cut']} cut at {longest} tokens, {counts['dropped']} dropped for want of a response "
-                    "token")
+                    f"token; keys that are not read: {counts['unread']}")
         for warning in counts["warnings"]:
             ranks.print(f"warning: {warning}")
         sets.append(samples)

@@ -43,7 +43,7 @@ def test_every_shape_marks_its_response(tmp_path, tokenizer):
         {"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Add.", "input": None, "output": "3"},
         {"text": "Just text."})
     samples, counts = data.load_samples(path, tokenizer)
-    assert counts == {"samples": 5, "cut": 0, "dropped": 0, "warnings": []}
+    assert counts == {"samples": 5, "cut": 0, "dropped": 0, "unread": "'extra' (1)", "warnings": []}
     assert [marked(s, tokenizer) for s in samples[:4]] == [
         ("What?\n", "That." + end), ("Be brief.\nA?\nC?\n", f"B.{end}D.{end}"), ("Add.\n1 2\n", "3" + end),
         ("Add.\n", "3" + end)]
@@ -72,7 +72,7 @@ def test_long_samples_are_cut_at_the_end_and_dropped_when_nothing_is_left(tmp_pa
     path = write(tmp_path / "a.jsonl", {"prompt": "a", "response": "b c d e f g h i j k"}, {"prompt": "long " * 50, "response": "x"},
                  {"prompt": "a", "response": "b"})
     samples, counts = data.load_samples(path, tokenizer, max_length=8)
-    assert counts == {"samples": 2, "cut": 2, "dropped": 1, "warnings": []}
+    assert counts == {"samples": 2, "cut": 2, "dropped": 1, "unread": "none", "warnings": []}
     assert [len(s.ids) for s in samples] == [8, 4] and [s.line for s in samples] == [1, 3]
     with pytest.raises(UserError, match="within 2 tokens"):
         data.load_samples(path, tokenizer, max_length=2)

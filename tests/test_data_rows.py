@@ -60,7 +60,7 @@ SHAREGPT = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
     {"messages": MESSAGES, "conversations": [], "prompt": None, "response": "", "text": "", "tools": [], "images": None},
     {"prompt": Q, "response": A, "messages": [], "tools": None, "chosen": "", "weight": None},
     # Keys that hold no conversation.
-    {"prompt": Q, "response": A, "id": 1, "source": "x", "category": {"a": [1]}, "group": "g", "context": "y", "answer": "B", "score": 0.5},
+    {"prompt": Q, "response": A, "id": 1, "source": "x", "category": {"a": [1]}, "group": "g", "answer": "B", "score": 0.5},
     {"messages": [{**MESSAGES[0], "id": 7, "name": None, "tool_calls": None}, {**MESSAGES[1], "tool_calls": [], "refusal": None}]},
 ], ids=str)
 def test_shapes_of_one_round(row):
@@ -376,3 +376,30 @@ def test_the_command_shows_what_templates_make_and_warns(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": MIXED[0]}) + "\n")
     err = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert f"warning: texts that look like a question with its answer: 1, the first at {tmp_path / 'a.jsonl'}:1;" in err
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": Q, "response": A, "context": "Feet."}, "'context' holds another text"),
+    ({"instruction": Q, "output": A, "Input": "Feet."}, "'Input' holds another text"),
+    ({"prompt": Q, "response": A, "System": "Be brief."}, "'System' holds another text"),
+    ({"prompt": Q, "response": A, "thought": "Hm."}, "'thought' holds another text"),
+    ({"prompt": Q, "response": A, "systemPrompt": "Be brief."}, "'systemPrompt' would be lost"),
+    ({"prompt": Q, "response": A, "rejected_response": "Beer."}, "'rejected_response' would be lost"),
+    ({"prompt": Q, "response": A, "label": False}, "'label' is false"),
+    ({"prompt": Q, "response": A, "loss": 0}, "'loss' is '0'"),
+    ({"prompt": Q, "response": A, "weights": [0, 1]}, "'weights' would be lost"),
+])
+def test_other_spellings_of_what_changes_a_row(row, words):
+    assert words in refusal(row)
+
+
+def test_a_turn_whose_loss_is_off_is_context():
+    turns = data.as_conversation({"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A, "loss": False},
+                                               {"role": "user", "content": Q}, {"role": "assistant", "content": A, "loss": True}]}, "FILE:1")
+    assert [turn.is_trained for turn in turns if turn.role == "assistant"] == [False, True]
+
+
+def test_keys_that_are_not_read_are_named():
+    rows = [(1, {"prompt": Q, "response": A, "id": 1, "label": True}), (2, {"prompt": Q, "response": A, "id": 2, "group": "g"})]
+    _, counts = data.load_samples("FILE", hf.load_tokenizer(ASSETS), rows=rows)
+    assert sorted(counts["unread"].split(", ")) == ["'id' (2)", "'label' (1)"]
