@@ -342,7 +342,9 @@ def train(settings, objective, out, record, make_model, samples, validation, ext
             outcome = forward_backward(net, batch, objective, settings, ranks, dtype)
             grad_norm = clip_gradient(trained, settings.grad_clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            # Under DDP they become zeros and stay in its buckets. Made anew, in a pass without exchange, they would lie
+            # outside, and memory would hold them twice.
+            optimizer.zero_grad(set_to_none=ranks.world == 1)
 
             # The step is done. What follows only looks at it, keeps it, or stops.
             done = step + 1
@@ -420,11 +422,12 @@ def wrap(model, settings, dtype, ranks):
                                   gradient_as_bucket_view=True)           # or gradients are there twice
     # After its first backward pass DDP lays out its buckets anew, in the order in which gradients came, and from then
     # on sums over ranks in another order. We therefore run one discarded backward pass first, in every run and after
-    # every resume.
+    # every resume, and another, which leaves its gradients, zeros, in the new buckets.
     empty = collate([], bucket(0, settings.micro_tokens) if settings.compile else 1).to(ranks.device)
-    with autocast(ranks.device, dtype):
-        net(empty.input_ids, empty.lengths, empty.at, empty.targets).sum().backward()
-    net.zero_grad(set_to_none=True)
+    for _ in range(2):
+        net.zero_grad(set_to_none=True)
+        with autocast(ranks.device, dtype):
+            net(empty.input_ids, empty.lengths, empty.at, empty.targets).sum().backward()
     return net
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,20 @@ def test_two_ranks_train_like_one(tmp_path, data_file):
         assert a.keys() == b.keys()
         for key, value in a.items():
             assert math.isclose(value, b[key], rel_tol=1e-4, abs_tol=1e-9), (key, value, b[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [(), ("--lora-rank", 2)], ids=["full", "lora"])
+def test_gradients_stay_in_the_buckets_of_ddp(tmp_path, data_file, lora):
+    """In a pass without exchange, too: or there is a second gradient beside each bucket."""
+    argv = [*SMALL, "--data", data_file, "--steps", 3, "--batch-size", 12, "--micro-tokens", 100]
+    if lora:
+        assert forked(1, ROOT / "train.py", *argv, "--out", tmp_path / "base").returncode == 0
+        argv[argv.index("scratch")] = tmp_path / "base"
+    result = forked(2, ROOT / "tests" / "bucket_worker.py", *argv, *lora, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    looks = int(re.search(r"looked (\d+) times", result.stdout)[1])
+    assert looks > 1 + 3 + 2 * 3                                          # once, before each step, after several micro-batches
 
 
 @pytest.fixture(scope="module")
