@@ -169,6 +169,15 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert first == [5, 1, 7, 3, 4, 6, 8, 9, 2, 0]                        # on every machine, in every version of numpy
 
 
+def test_the_order_is_drawn_once_an_epoch(monkeypatch):
+    draws, draw = [], data.np.random.RandomState
+    monkeypatch.setattr(data.np.random, "RandomState", lambda seed: draws.append(seed) or draw(seed))
+    data.order_of_epoch.cache_clear()
+    for step in range(9):
+        data.global_batch(step, 10, 4, seed=5)
+    assert draws == [[5, 0], [5, 1], [5, 2]]
+
+
 def test_dealing_keeps_every_sample_and_every_limit():
     rng = np.random.RandomState(0)
     for _ in range(200):
