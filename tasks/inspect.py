@@ -44,6 +44,7 @@ def ask(samples, model, opened, evaluation):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def inspect_item(model, tokenizer, sample, dtype=torch.float32, group_size=256):
     """A sample's tokens as text, and of its n_b response tokens p_t, c_t, the first and last of the minimum group, and
     for every objective w_t and s_b: the weights that a step on this sample would have now. Raises UserError."""

@@ -13,8 +13,10 @@ from runtime.process import UserError
 from runtime.progress import with_progress
 
 
+# Whoever asks a model for log-probs outside of training compiles nothing: sizes are as they come, none of them is worth
+# it, and there may be no C compiler.
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")   # Sizes are as they come; none is worth compiling for.
+@torch.compiler.set_stance("force_eager")
 def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256, stopped=lambda: False, label=None):
     """Log-likelihood of each sample's response tokens: (S, 3) float64 numpy: sum of log p, number of tokens, C_b.
 
@@ -44,6 +46,7 @@ class Request(NamedTuple):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def loglikelihood(model, requests, dtype=torch.float32, micro_tokens=8192, label=None):
     """Sum of log p of the continuation of each Request: (R,) float64 numpy.
 

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import hf
+import model
 from model import GPT
 from runtime.process import run
 
@@ -49,6 +51,15 @@ def torchrun(ranks, *command, **options):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return subprocess.run([sys.executable, *launch, *map(str, command)], env=env, text=True, capture_output=True, timeout=300,
                           **options)
+
+
+def count_compiled_rows(monkeypatch):
+    """Has the head's row functions compiled on the CPU, as they are on a GPU, by a backend that only counts what it is
+    given: `frame_count`."""
+    counter = CompileCounterWithBackend("eager")
+    for name in ("row_logsumexp", "row_softmax_"):
+        monkeypatch.setattr(model, name, torch.compile(getattr(model, name), backend=counter))
+    return counter
 
 
 def call(monkeypatch, *argv):

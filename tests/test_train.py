@@ -13,7 +13,7 @@ import pytest
 import split_worker
 import torch
 from forked import forked
-from support import ASSETS, ROOT, SMALL, call, metrics, tiny, torchrun
+from support import ASSETS, ROOT, SMALL, call, count_compiled_rows, metrics, tiny, torchrun
 from test_bft import reference
 from test_data import BAD_LINES
 from tokenizer_files import CHATML, assets_with, build
@@ -555,6 +555,11 @@ def test_a_step_does_not_wait_for_the_device(objective, monkeypatch):
                   lambda: x.index_put_((x > 0,), x.sum())):
         with pytest.raises(AssertionError), NoWaiting():
             waits()
+
+
+def test_nothing_is_compiled_that_was_not_asked_for(tmp_path, monkeypatch, data_file):
+    argv, counter = [*SMALL, "--data", data_file, "--val-data", data_file, "--steps", 1], count_compiled_rows(monkeypatch)
+    assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 0 and counter.frame_count == 0
 
 
 @pytest.mark.slow

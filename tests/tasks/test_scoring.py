@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from evaluation_files import log_likelihood, small
-from support import ASSETS
+from support import ASSETS, count_compiled_rows
 
 import hf
 from data import load_samples
 from runtime import progress
 from runtime.process import UserError
+from tasks.inspect import inspect_item
 from tasks.nll import nll_items
 from tasks.scoring import Request, loglikelihood, micro_batches_of_rank, score, sum_over_ranks
 
@@ -60,6 +61,16 @@ def test_requests_that_read_the_same_share_a_row(tokenizer):
         read = (before + ids[:-1])[-12:]
         assert value == pytest.approx(log_likelihood(model, read + ids[-1:], len(read) - len(ids) + 1), abs=1e-4)
     np.testing.assert_allclose(loglikelihood(model, requests, micro_tokens=1), found, rtol=1e-5)
+
+
+def test_nothing_is_compiled_for_an_evaluation(tokenizer, samples, monkeypatch):
+    model, counter = small(tokenizer, 0), count_compiled_rows(monkeypatch)
+    score(model, samples[:2])
+    loglikelihood(model, [Request([1, 2], [3, 4])])
+    inspect_item(model, tokenizer, samples[0])
+    assert counter.frame_count == 0
+    model(torch.arange(9), [9], torch.arange(8), torch.arange(8))         # a caller who says nothing
+    assert counter.frame_count == 1
 
 
 def test_ranks_share_the_micro_batches_of_one(monkeypatch):
