@@ -555,8 +555,9 @@ def save_result(out, model, trained, make_model, settings, extra_files, ranks):
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
 
-# Peak dense bf16 FLOP/s by a part of the device's name (NVIDIA's data sheets, without sparsity), for MFU.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# Peak dense bf16 FLOP/s by a part of the device's name, for MFU: half of what NVIDIA's data sheets say with sparsity.
+PEAK_FLOPS = {"A100": 312e12, "L40S": 362e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12,
+              "H200 NVL": 835e12, "B200": 2250e12, "GB200": 2500e12}
 ZEROS = 20                                                                # steps in a row without a gradient: a warning
 
 
@@ -572,8 +573,7 @@ class StepLog:
         self.warned_of_zeros = False
         self.peak = None                                                  # FLOP/s
         if ranks.device.type == "cuda" and dtype == torch.bfloat16:
-            name = torch.cuda.get_device_name(ranks.device)
-            self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+            self.peak = peak_flops(torch.cuda.get_device_name(ranks.device))
         self.restart_clock()
         parameters = list(model.parameters())
         ranks.progress(f"{out}: {objective} from step {first_step} to {total}, {len(samples)} samples, batch "
@@ -678,6 +678,12 @@ def metrics_line(step, loss, statistics, settings):
             "sample_weight": sample_weight.mean(), "sample_weight_sd": sample_weight.std(),
             "min_group_confidence": C.mean(), "min_group_confidence_p05": np.percentile(C, 5),
             "multi_window": np.mean(n > settings.group_size)}
+
+
+def peak_flops(device_name):
+    """By the longest name that fits; None if none does."""
+    names = [name for name in PEAK_FLOPS if name in device_name]
+    return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def flops(model, samples):

@@ -557,6 +557,14 @@ def test_a_step_does_not_wait_for_the_device(objective, monkeypatch):
             waits()
 
 
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA H200 NVL", 835e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA B200", 2250e12),
+    ("NVIDIA GB200", 2500e12), ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("Tesla T4", None)])
+def test_the_peak_is_that_of_the_device(name, peak):
+    assert train.peak_flops(name) == peak
+
+
 def test_nothing_is_compiled_that_was_not_asked_for(tmp_path, monkeypatch, data_file):
     argv, counter = [*SMALL, "--data", data_file, "--val-data", data_file, "--steps", 1], count_compiled_rows(monkeypatch)
     assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 0 and counter.frame_count == 0
