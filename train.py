@@ -555,9 +555,10 @@ def save_result(out, model, trained, make_model, settings, extra_files, ranks):
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
 
-# Peak dense bf16 FLOP/s by a part of the device's name, for MFU: half of what NVIDIA's data sheets say with sparsity.
-PEAK_FLOPS = {"A100": 312e12, "L40S": 362e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12,
-              "H200 NVL": 835e12, "B200": 2250e12, "GB200": 2500e12}
+# Peak dense bf16 FLOP/s by a part of the device's name, for MFU: half of what NVIDIA's data sheets say with sparsity. The
+# first that fits counts.
+PEAK_FLOPS = {"A100": 312e12, "L40S": 362e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "H200 NVL": 835e12, "H200": 989e12, "GB200": 2500e12, "B200": 2250e12}
 ZEROS = 20                                                                # steps in a row without a gradient: a warning
 
 
@@ -681,9 +682,8 @@ def metrics_line(step, loss, statistics, settings):
 
 
 def peak_flops(device_name):
-    """By the longest name that fits; None if none does."""
-    names = [name for name in PEAK_FLOPS if name in device_name]
-    return PEAK_FLOPS[max(names, key=len)] if names else None
+    """None where it is not known."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
 def flops(model, samples):
