@@ -40,15 +40,13 @@ def group_confidence(logp, offsets, group_size=256):
     Raises ValueError as `token_weights` does.
     """
     _check(logp, offsets, group_size)
-    sample, first, last = _bounds(logp, offsets)                      # (N,) each
+    token, sample, first, last = _bounds(logp, offsets)               # (N,) each
     total = logp.detach().double().clamp(min=-1e6).cumsum(0)          # (an infinite one would spoil all that follow)
     total = F.pad(total, (1, 0))                                      # (N+1,) total[j] - total[i] sums tokens i..j-1
-    start = torch.arange(len(logp), device=logp.device)               # a window starts at every token ...
-    end = torch.minimum(start + group_size, last)                     # ... and ends with its sample at the latest
+    end = torch.minimum(token + group_size, last)                     # a window of each token: g tokens from it, or ...
+    start = torch.maximum(end - group_size, first)                    # ... the last g; all of a shorter sample
     mean_logp = (total[end] - total[start]) / (end - start)           # (N,)
-    counts = (end - start == group_size) | (start == first)           # full ones, and the only one of a short sample
-    mean_logp = torch.where(counts, mean_logp, 0.0)                   # log p <= 0: a zero never is the minimum
-    lowest = mean_logp.new_zeros(len(offsets) - 1).scatter_reduce(0, sample, mean_logp, "amin")  # (S,)
+    lowest = mean_logp.new_zeros(len(offsets) - 1).scatter_reduce(0, sample, mean_logp, "amin")  # (S,); log p <= 0
     return lowest.exp()
 
 
@@ -61,9 +59,9 @@ def local_confidence(logp, offsets, group_size=256):
     Arguments, gradient and errors: as `group_confidence`.
     """
     _check(logp, offsets, group_size)
-    _, first, last = _bounds(logp, offsets)                           # (N,) each
+    token, _, first, last = _bounds(logp, offsets)                    # (N,) each
     total = F.pad(logp.detach().double().exp().cumsum(0), (1, 0))     # (N+1,)
-    left = torch.arange(len(logp), device=logp.device) - group_size // 2
+    left = token - group_size // 2
     start, end = torch.maximum(left, first), torch.minimum(left + group_size, last)
     return (total[end] - total[start]) / (end - start)
 
@@ -99,7 +97,7 @@ def group_difficulty(logp, offsets, group_size):
 
 def local_difficulty(logp, offsets, group_size):
     """s_b = 1 - min_t c_t (BFT v3)."""
-    sample, _, _ = _bounds(logp, offsets)
+    _, sample = _samples(logp, offsets)
     c = local_confidence(logp, offsets, group_size)                   # (N,)
     return 1 - logp.new_ones(len(offsets) - 1).scatter_reduce(0, sample, c, "amin")  # (S,); c <= 1, so 1 is neutral
 
@@ -127,6 +125,28 @@ OBJECTIVES = {
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss.
 
+class Weights(NamedTuple):
+    """What an objective makes of N response tokens of S samples, on their device, without gradient."""
+    token: torch.Tensor                                               # (N,) w_t, float64
+    sample: torch.Tensor                                              # (S,) s_b, float64
+    number: torch.Tensor                                              # (N,) b, the number of each token's sample
+    offsets: torch.Tensor                                             # (S+1,)
+
+
+def weigh(logp, offsets, objective="bft", group_size=256):
+    """The two weights apart, for those who look at them beside the loss: Weights. The stop-gradient of every equation
+    is the detach() here (the confidences have one of their own for those who call them directly).
+
+    Arguments and errors: as `token_weights`.
+    """
+    row = _row(objective)
+    _check(logp, offsets, group_size)
+    logp, offsets = logp.detach().double(), offsets.to(logp.device, non_blocking=True)
+    _, number = _samples(logp, offsets)
+    sample_weight = row.sample_weight(logp, offsets, group_size)
+    return Weights(row.token_weight(logp, offsets, group_size), sample_weight, number, offsets)
+
+
 def token_weights(logp, offsets, objective="bft", group_size=256):
     """The weight s_b * w_t of each response token, before averaging: (N,), detached, float32 (float64 if logp is).
 
@@ -136,32 +156,33 @@ def token_weights(logp, offsets, objective="bft", group_size=256):
     Raises ValueError for an unknown objective, group_size < 1, and offsets that do not start at 0, fall, or do not end
     at N.
     """
-    return _weights(logp, offsets, objective, group_size).to(_precision(logp))
+    return _product(weigh(logp, offsets, objective, group_size)).to(_precision(logp))
 
 
-def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=None):
+def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=None, weights=None):
     """The loss of one call's share of the global batch: a scalar in the dtype of `token_weights`.
 
     denominator: N (average "tokens") or B (average "samples") of the *global* batch, a number or a 0-d tensor; None
     means that of this call. Losses of micro-batches that share one denominator add up to the loss of the whole batch.
     Samples without response tokens contribute nothing; a call with none at all is a zero that backward() accepts.
-    Other arguments and errors: as `token_weights`; also ValueError for a number as denominator that is not positive.
+    weights: what `weigh` made of the same arguments; None: it does so here. Other arguments and errors: as `token_weights`; also ValueError for a number as denominator that is not positive.
     """
-    weights = _weights(logp, offsets, objective, group_size)          # (N,) s_b * w_t, float64, no gradient
+    if weights is None:
+        weights = weigh(logp, offsets, objective, group_size)
     average = OBJECTIVES[objective].average
     if denominator is not None and not isinstance(denominator, torch.Tensor) and not denominator > 0:
         what = "samples" if average == "samples" else "response tokens"
         raise ValueError(f"denominator must be the global batch's number of {what}, above 0; it is {denominator!r}")
     if len(logp) == 0:
         return logp.sum().to(_precision(logp))
-    offsets = offsets.to(logp.device, non_blocking=True)
+    weight = _product(weights)                                        # (N,)
     # "samples" divides twice: here each sample by its n_b, below their sum by B. "tokens" divides once, by N.
     if average == "samples":
-        _, first, last = _bounds(logp, offsets)
-        weights = weights / (last - first)                            # (N,) last - first is n_b
+        n = weights.offsets.diff()                                    # (S,) n_b
+        weight = weight / n[weights.number]
     if denominator is None:
-        denominator = global_denominator(objective, offsets.diff())
-    return -((weights * logp.double()).sum() / denominator).to(_precision(logp))
+        denominator = global_denominator(objective, weights.offsets.diff())
+    return ((weight * logp.double()).sum() / -denominator).to(_precision(logp))
 
 
 def global_denominator(objective, response_lengths):
@@ -195,14 +216,8 @@ def loss_from_logits(logits, labels, objective="bft", group_size=256, denominato
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def _weights(logp, offsets, objective, group_size):
-    """s_b * w_t in float64: (N,). The stop-gradient of every equation is the detach() here (the confidences have one of
-    their own for those who call them directly)."""
-    row = _row(objective)
-    _check(logp, offsets, group_size)
-    logp, offsets = logp.detach().double(), offsets.to(logp.device, non_blocking=True)
-    sample, _, _ = _bounds(logp, offsets)
-    return row.sample_weight(logp, offsets, group_size)[sample] * row.token_weight(logp, offsets, group_size)
+def _product(weights):
+    return weights.sample[weights.number] * weights.token             # (N,) s_b * w_t, float64
 
 
 def _row(objective):
@@ -211,12 +226,18 @@ def _row(objective):
     return OBJECTIVES[objective]
 
 
+def _samples(logp, offsets):
+    """Each token's number, and that of its sample: (N,) each."""
+    token = torch.arange(len(logp), device=logp.device)
+    ends = offsets[1:].to(logp.device, non_blocking=True)
+    return token, torch.searchsorted(ends, token, right=True)         # so many samples end at or before it
+
+
 def _bounds(logp, offsets):
-    """For each token: its sample's number, first token, and one past its last token; (N,) each."""
+    """Each token's number, that of its sample, and the sample's first token and one past its last: (N,) each."""
     offsets = offsets.to(logp.device, non_blocking=True)
-    tokens = torch.arange(len(logp), device=logp.device)
-    sample = torch.searchsorted(offsets, tokens, right=True) - 1      # the last sample that starts at or before it
-    return sample, offsets[sample], offsets[sample + 1]
+    token, sample = _samples(logp, offsets)
+    return token, sample, offsets[sample], offsets[1:][sample]
 
 
 def _precision(x):
@@ -242,7 +263,7 @@ def _check(logp, offsets, group_size):
 
 def sample_sums(values, offsets):
     """The sum of each sample's values, (N,) in the ragged layout: (S,) float64. Nothing is checked."""
-    sample, _, _ = _bounds(values, offsets)
+    _, sample = _samples(values, offsets)
     return values.new_zeros(len(offsets) - 1, dtype=torch.float64).index_add(0, sample, values.double())
 
 

@@ -493,24 +493,22 @@ def forward_backward(net, batch, objective, settings, ranks, dtype):
         with exchange, torch.compiler.set_stance("default" if settings.compile else "force_eager"):
             with autocast(ranks.device, dtype):
                 logp = net(packed.input_ids, packed.lengths, packed.at, packed.targets)   # (N,)
-            part = bft.objective_loss(logp, packed.offsets, objective, settings.group_size, denominator)
+            weights = bft.weigh(logp, packed.offsets, objective, settings.group_size)
+            part = bft.objective_loss(logp, packed.offsets, objective, settings.group_size, denominator, weights)
             # DDP takes the mean over ranks of gradients that are to be added.
             (part * ranks.world).backward()
         loss += part.detach()
-        statistics.append(sample_statistics(logp, packed.offsets, objective, settings.group_size))
+        statistics.append(sample_statistics(logp, weights, settings.group_size))
     return Outcome(loss, sum(my_micro_batches, []), torch.cat(statistics))
 
 
-def sample_statistics(logp, offsets, objective, group_size):
-    """For the log, each sample's sums of l_t, p_t and w_t, its s_b and its C_b: (S, 5) float64. The weights are
-    computed once more for it: the objective keeps none."""
-    row = bft.OBJECTIVES[objective]
-    logp, offsets = logp.detach().double(), offsets.to(logp.device, non_blocking=True)
-    token_weight = row.token_weight(logp, offsets, group_size)            # (N,)
-    sample_weight = row.sample_weight(logp, offsets, group_size)          # (S,)
-    return torch.stack((-bft.sample_sums(logp, offsets), bft.sample_sums(logp.exp(), offsets),
-                        bft.sample_sums(token_weight, offsets), sample_weight,
-                        bft.group_confidence(logp, offsets, group_size)), 1)
+def sample_statistics(logp, weights, group_size):
+    """For the log, each sample's sums of l_t, p_t and w_t, its s_b and its C_b: (S, 5) float64."""
+    logp = logp.detach().double()
+    values = torch.stack((-logp, logp.exp(), weights.token), 1)           # (N, 3)
+    sums = values.new_zeros(len(weights.sample), 3).index_add(0, weights.number, values)   # (S, 3)
+    C = bft.group_confidence(logp, weights.offsets, group_size)           # (S,)
+    return torch.cat((sums, weights.sample[:, None], C[:, None]), 1)
 
 
 def clip_gradient(trained, largest):

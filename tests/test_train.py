@@ -521,8 +521,8 @@ def test_when_steps_are_looked_at_changes_nothing(tmp_path, monkeypatch, data_fi
 
 def test_a_number_that_is_none_is_found_at_its_step_though_looked_at_later(tmp_path, monkeypatch, data_file, capsys):
     calls = []
-    broken = bft.Objective(lambda logp, offsets, g: calls.append(0) or logp * (math.nan if len(calls) > 8 else 0) + 1,
-                           bft.every_sample_1, "tokens")                  # two calls a step: the loss, the log
+    broken = bft.Objective(lambda logp, offsets, g: calls.append(0) or logp * (math.nan if len(calls) > 4 else 0) + 1,
+                           bft.every_sample_1, "tokens")                  # a call a step
     monkeypatch.setitem(bft.OBJECTIVES, "sft", broken)
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 20, "--objective", "sft", "--save-every", 3, "--out",
                 tmp_path / "run") == 1
@@ -568,6 +568,37 @@ def test_the_peak_is_that_of_the_device(name, peak):
 def test_nothing_is_compiled_that_was_not_asked_for(tmp_path, monkeypatch, data_file):
     argv, counter = [*SMALL, "--data", data_file, "--val-data", data_file, "--steps", 1], count_compiled_rows(monkeypatch)
     assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 0 and counter.frame_count == 0
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what a GPU would launch a kernel for."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        only_shapes = function.is_view or function.overloadpacket.__name__ in ("detach", "promote_types")
+        self.count += not only_shapes
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective, most", [("sft", 50), ("bft", 70), ("bft-v3", 90)])
+def test_an_objective_with_its_log_is_few_kernels(objective, most, monkeypatch):
+    """They are tiny: on a GPU each costs the time that it takes to be launched, in every micro-batch."""
+    monkeypatch.setattr(bft, "_check", lambda *_: None)                   # looks at offsets where they lie on the CPU
+    logp, offsets = (-torch.rand(60)).requires_grad_(), torch.tensor([0, 20, 20, 27, 60])
+    with Kernels() as kernels:
+        weights = bft.weigh(logp, offsets, objective, 5)
+        bft.objective_loss(logp, offsets, objective, 5, 4, weights).backward()
+        train.sample_statistics(logp, weights, 5)
+    assert 0 < kernels.count <= most
+
+
+def test_the_log_shows_the_weights_that_the_loss_had(monkeypatch):
+    monkeypatch.setitem(bft.OBJECTIVES, "drawn", bft.Objective(lambda logp, *_: torch.rand_like(logp), bft.every_sample_1, "tokens"))
+    logp = torch.full((6,), -1.0, requires_grad=True)
+    weights = bft.weigh(logp, torch.tensor([0, 4, 6]), "drawn", 5)
+    bft.objective_loss(logp, torch.tensor([0, 4, 6]), "drawn", 5, 1, weights).backward()
+    logged = train.sample_statistics(logp, weights, 5)[:, 2]
+    torch.testing.assert_close(torch.stack([-logp.grad[:4].sum(), -logp.grad[4:].sum()]).double(), logged)
 
 
 @pytest.mark.slow
