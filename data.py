@@ -658,13 +658,13 @@ class Batch(NamedTuple):
 
     def to(self, device):
         """With its tensors on the device, but for `offsets`; to a GPU from pinned memory, without waiting."""
-        moved = {}
-        for name in ("input_ids", "at", "targets"):
-            tensor = getattr(self, name)
-            if device.type == "cuda":
-                tensor = tensor.pin_memory()
-            moved[name] = tensor.to(device, non_blocking=True)
-        return self._replace(**moved)
+        tensors = {name: getattr(self, name) for name in ("input_ids", "at", "targets", "offsets")}
+        if device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        # These stay, pinned, where their values can be looked at; whoever computes with them moves them.
+        offsets = tensors.pop("offsets")
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return self._replace(offsets=offsets, **moved)
 
 
 def collate(samples, size=1):

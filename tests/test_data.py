@@ -178,6 +178,18 @@ def test_the_order_is_drawn_once_an_epoch(monkeypatch):
     assert draws == [[5, 0], [5, 1], [5, 2]]
 
 
+def test_a_batch_goes_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch):
+    batch, pinned, moved = data.collate([]), [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: moved.append((tensor, device, non_blocking)) or tensor)
+    gpu = torch.device("cuda")
+    there = batch.to(gpu)
+    assert [id(x) for x in pinned] == [id(x) for x in (batch.input_ids, batch.at, batch.targets, batch.offsets)]
+    assert [id(x) for x, *_ in moved] == [id(x) for x in (there.input_ids, there.at, there.targets)]
+    assert {(device, non_blocking) for _, device, non_blocking in moved} == {(gpu, True)}
+    assert there.offsets is not batch.offsets                             # the pinned copy
+
+
 def test_dealing_keeps_every_sample_and_every_limit():
     rng = np.random.RandomState(0)
     for _ in range(200):
