@@ -43,10 +43,11 @@ def group_confidence(logp, offsets, group_size=256):
     token, sample, first, last = _bounds(logp, offsets)               # (N,) each
     total = logp.detach().double().clamp(min=-1e6).cumsum(0)          # (an infinite one would spoil all that follow)
     total = F.pad(total, (1, 0))                                      # (N+1,) total[j] - total[i] sums tokens i..j-1
-    end = torch.minimum(token + group_size, last)                     # a window of each token: g tokens from it, or ...
-    start = torch.maximum(end - group_size, first)                    # ... the last g; all of a shorter sample
-    mean_logp = (total[end] - total[start]) / (end - start)           # (N,)
-    lowest = mean_logp.new_zeros(len(offsets) - 1).scatter_reduce(0, sample, mean_logp, "amin")  # (S,); log p <= 0
+    # Each token has a window: the g tokens from it on, or the sample's last g, or all of a shorter sample.
+    end = torch.minimum(token + group_size, last)
+    start = torch.maximum(end - group_size, first)
+    mean_logp = (total[end] - total[start]) / (end - start)           # (N,); log p <= 0, so 0 is neutral below
+    lowest = mean_logp.new_zeros(len(offsets) - 1).scatter_reduce(0, sample, mean_logp, "amin")  # (S,)
     return lowest.exp()
 
 
@@ -126,25 +127,27 @@ OBJECTIVES = {
 # The loss.
 
 class Weights(NamedTuple):
-    """What an objective makes of N response tokens of S samples, on their device, without gradient."""
+    """The weights of N response tokens and S samples, without gradient, and which token is of which sample; all of it
+    on the device of the log-probs."""
     token: torch.Tensor                                               # (N,) w_t, float64
     sample: torch.Tensor                                              # (S,) s_b, float64
-    number: torch.Tensor                                              # (N,) b, the number of each token's sample
+    number: torch.Tensor                                              # (N,) b: the number of each token's sample
     offsets: torch.Tensor                                             # (S+1,)
 
 
 def weigh(logp, offsets, objective="bft", group_size=256):
-    """The two weights apart, for those who look at them beside the loss: Weights. The stop-gradient of every equation
-    is the detach() here (the confidences have one of their own for those who call them directly).
+    """The weights that an objective gives: Weights. Who looks at them beside the loss has them computed once.
 
-    Arguments and errors: as `token_weights`.
+    The stop-gradient of every equation is the detach() here (the confidences have one of their own for those who call
+    them directly). Arguments and errors: as `token_weights`.
     """
     row = _row(objective)
     _check(logp, offsets, group_size)
     logp, offsets = logp.detach().double(), offsets.to(logp.device, non_blocking=True)
     _, number = _samples(logp, offsets)
+    token_weight = row.token_weight(logp, offsets, group_size)
     sample_weight = row.sample_weight(logp, offsets, group_size)
-    return Weights(row.token_weight(logp, offsets, group_size), sample_weight, number, offsets)
+    return Weights(token_weight, sample_weight, number, offsets)
 
 
 def token_weights(logp, offsets, objective="bft", group_size=256):
@@ -165,24 +168,25 @@ def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=N
     denominator: N (average "tokens") or B (average "samples") of the *global* batch, a number or a 0-d tensor; None
     means that of this call. Losses of micro-batches that share one denominator add up to the loss of the whole batch.
     Samples without response tokens contribute nothing; a call with none at all is a zero that backward() accepts.
-    weights: what `weigh` made of the same arguments; None: it does so here. Other arguments and errors: as `token_weights`; also ValueError for a number as denominator that is not positive.
+    weights: what `weigh` has made of the same arguments; None means that it is called here. Other arguments and errors:
+    as `token_weights`; also ValueError for a number as denominator that is not positive.
     """
     if weights is None:
         weights = weigh(logp, offsets, objective, group_size)
-    average = OBJECTIVES[objective].average
+    average = _row(objective).average
     if denominator is not None and not isinstance(denominator, torch.Tensor) and not denominator > 0:
         what = "samples" if average == "samples" else "response tokens"
         raise ValueError(f"denominator must be the global batch's number of {what}, above 0; it is {denominator!r}")
     if len(logp) == 0:
         return logp.sum().to(_precision(logp))
-    weight = _product(weights)                                        # (N,)
+    weight = _product(weights)                                        # (N,) s_b * w_t, no gradient
     # "samples" divides twice: here each sample by its n_b, below their sum by B. "tokens" divides once, by N.
     if average == "samples":
         n = weights.offsets.diff()                                    # (S,) n_b
         weight = weight / n[weights.number]
     if denominator is None:
         denominator = global_denominator(objective, weights.offsets.diff())
-    return ((weight * logp.double()).sum() / -denominator).to(_precision(logp))
+    return -((weight * logp.double()).sum() / denominator).to(_precision(logp))
 
 
 def global_denominator(objective, response_lengths):

@@ -2,8 +2,8 @@
 DDP's buckets, after the pass that is discarded, after any micro-batch, or between steps. Rank 0 prints how often it looked."""
 
 import train
-from runtime.ranks import Ranks
 from runtime.process import run
+from runtime.ranks import Ranks
 
 
 looks = []                           # the storages in which the gradients lay: {addresses}
