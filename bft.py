@@ -147,7 +147,7 @@ def weigh(logp, offsets, objective="bft", group_size=256):
     _, number = _samples(logp, offsets)
     token_weight = row.token_weight(logp, offsets, group_size)
     sample_weight = row.sample_weight(logp, offsets, group_size)
-    return Weights(token_weight, sample_weight, number, offsets)
+    return Weights(token_weight.double(), sample_weight.double(), number, offsets)
 
 
 def token_weights(logp, offsets, objective="bft", group_size=256):

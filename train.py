@@ -553,8 +553,8 @@ def save_result(out, model, trained, make_model, settings, extra_files, ranks):
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
 
-# Peak dense bf16 FLOP/s by a part of the device's name, for MFU (NVIDIA's data sheets, without sparsity). The first that
-# fits counts.
+# Peak dense bf16 FLOP/s by a part of the device's name, for MFU (NVIDIA's data sheets, without sparsity). The first
+# that fits counts.
 PEAK_FLOPS = {"A100": 312e12, "L40S": 362e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
               "H200 NVL": 835e12, "H200": 989e12, "GB200": 2500e12, "B200": 2250e12}
 ZEROS = 20                                                                # steps in a row without a gradient: a warning

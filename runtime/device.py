@@ -12,12 +12,11 @@ def find_device(name):
     """The torch.device of --device: "auto", "cpu", "cuda" or "cuda:N". Raises UserError if it cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        # The driver counts them, whether or not torch can use it; a machine or a torch without CUDA counts none.
-        unusable = torch.cuda.device_count() if name == "cpu" else 0
-        if unusable:
-            raise UserError(f"this machine has {unusable} CUDA devices that torch {torch.__version__} cannot use, most "
-                            "often because their driver is too old for it; expected a newer driver, a torch for an "
-                            "older CUDA, or --device cpu")
+        # The driver counts devices that torch cannot use. Without a driver, or without CUDA in torch, there are none.
+        if name == "cpu" and torch.cuda.device_count() > 0:
+            raise UserError(f"this machine has {torch.cuda.device_count()} CUDA devices that torch {torch.__version__} "
+                            "cannot use, most often because their driver is too old for it; expected a newer driver, a "
+                            "torch for an older CUDA, or --device cpu")
     if name == "cuda":
         # One for each of torchrun's processes.
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

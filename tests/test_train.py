@@ -592,11 +592,12 @@ def test_an_objective_with_its_log_is_few_kernels(objective, most, monkeypatch):
     assert 0 < kernels.count <= most
 
 
-def test_the_log_shows_the_weights_that_the_loss_had(monkeypatch):
-    monkeypatch.setitem(bft.OBJECTIVES, "drawn", bft.Objective(lambda logp, *_: torch.rand_like(logp), bft.every_sample_1, "tokens"))
-    logp = torch.full((6,), -1.0, requires_grad=True)
-    weights = bft.weigh(logp, torch.tensor([0, 4, 6]), "drawn", 5)
-    bft.objective_loss(logp, torch.tensor([0, 4, 6]), "drawn", 5, 1, weights).backward()
+@pytest.mark.parametrize("draw", [torch.rand_like, lambda logp: torch.rand(len(logp)) < 0.5], ids=["numbers", "yes or no"])
+def test_the_log_shows_the_weights_that_the_loss_had(draw, monkeypatch):
+    monkeypatch.setitem(bft.OBJECTIVES, "drawn", bft.Objective(lambda logp, *_: draw(logp), bft.every_sample_1, "tokens"))
+    logp, offsets = torch.full((6,), -1.0, requires_grad=True), torch.tensor([0, 4, 6])
+    weights = bft.weigh(logp, offsets, "drawn", 5)
+    bft.objective_loss(logp, offsets, "drawn", 5, 1, weights).backward()
     logged = train.sample_statistics(logp, weights, 5)[:, 2]
     torch.testing.assert_close(torch.stack([-logp.grad[:4].sum(), -logp.grad[4:].sum()]).double(), logged)
 
