@@ -28,9 +28,10 @@ from runtime.ranks import Ranks
 from tasks.scoring import Request, loglikelihood, score
 
 
-CONFIGS = {"gpt2": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **GPT2, "n_layer": 2},
-           "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False, **SIZES, "num_hidden_layers": 2},
-           "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, **SIZES, "num_hidden_layers": 2}}
+LLAMA = {**SIZES, "num_hidden_layers": 2, "tie_word_embeddings": False}
+CONFIGS = {"gpt2": {**GPT2, "n_layer": 2, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+           "llama": {**LLAMA, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+           "qwen3": {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}}
 STEPS = 2
 SAMPLES = ((40, 20), (7, 3), (61, 33), (25, 24), (12, 1), (50, 8))        # tokens, response tokens
 MICRO_TOKENS = 130
@@ -59,8 +60,10 @@ class Case:
         self.lora_rank = 4 if adapters == "lora" else 0
         self.recompute = recompute == "recompute"
         rng = np.random.RandomState(0)
-        self.samples = [data.Sample(rng.randint(0, self.config.vocab_size, tokens), np.arange(tokens) >= tokens - response, "here", 0)
-                        for tokens, response in SAMPLES]
+        self.samples = []
+        for tokens, response in SAMPLES:
+            ids = rng.randint(0, self.config.vocab_size, tokens)
+            self.samples.append(data.Sample(ids, np.arange(tokens) >= tokens - response, "here", 0))
 
     def train(self, out, device, steps):
         """Trains into `out`. Returns the first step's gradients, {name: numbers}, and the lines of the log."""
@@ -80,8 +83,8 @@ class Case:
             return clip_gradient(trained, largest)
 
         with patch.object(train, "clip_gradient", clip_and_keep):
-            train.train(settings, "bft", out, record, functools.partial(LivelyGPT, self.config), self.samples, self.samples[:3],
-                        {}, ranks)
+            make_model = functools.partial(LivelyGPT, self.config)
+            train.train(settings, "bft", out, record, make_model, self.samples, self.samples[:3], {}, ranks)
         return gradients, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     def evaluate(self, out, device, phase):

@@ -195,7 +195,10 @@ class Device(TorchDispatchMode):
         on_device, on_host = [], []
 
         def unwrapped(tensor):
-            (on_device if isinstance(tensor, CudaTensor) else on_host).append(tensor)
+            if isinstance(tensor, CudaTensor):
+                on_device.append(tensor)
+            else:
+                on_host.append(tensor)
             return numbers_of(tensor)
 
         on_the_cpu = replaced(unwrapped, (args, kwargs))                  # the arguments, as a CPU takes them
@@ -217,11 +220,13 @@ class Device(TorchDispatchMode):
 
         if not is_view(operator):
             self.count("kernel", name)
-        if name in ("_to_copy", "copy_"):
-            non_blocking = kwargs.get("non_blocking", False) or (name == "copy_" and args[2:] == (True,))
-            self.look_at_copy(args[name == "copy_"], target, non_blocking)
+        if name == "_to_copy":
+            self.look_at_copy(args[0], target, kwargs.get("non_blocking", False))
+        elif name == "copy_":
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            self.look_at_copy(args[1], target, non_blocking)
         else:
-            self.look_at_arguments(operator, name, args, on_device, on_host)
+            self.look_at_arguments(operator, name, args, on_host)
 
         args, kwargs = on_the_cpu
         if asked_for is not None:
@@ -243,7 +248,7 @@ class Device(TorchDispatchMode):
         elif source.untyped_storage().data_ptr() not in self.pinned:
             self.count("unpinned", f"unpinned copy of {source.numel()} numbers")
 
-    def look_at_arguments(self, operator, name, args, on_device, on_host):
+    def look_at_arguments(self, operator, name, args, on_host):
         if name in WAITING or f"{name}.{operator._overloadname}" in WAITING:
             self.count("wait", name)
         if name in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
