@@ -64,6 +64,7 @@ class Case:
         for tokens, response in SAMPLES:
             ids = rng.randint(0, self.config.vocab_size, tokens)
             self.samples.append(data.Sample(ids, np.arange(tokens) >= tokens - response, "here", 0))
+        self.validation = self.samples[:3]
 
     def train(self, out, device, steps):
         """Trains into `out`. Returns the first step's gradients, {name: numbers}, and the lines of the log."""
@@ -84,7 +85,7 @@ class Case:
 
         with patch.object(train, "clip_gradient", clip_and_keep):
             make_model = functools.partial(LivelyGPT, self.config)
-            train.train(settings, "bft", out, record, make_model, self.samples, self.samples[:3], {}, ranks)
+            train.train(settings, "bft", out, record, make_model, self.samples, self.validation, {}, ranks)
         return gradients, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     def evaluate(self, out, device, phase):
@@ -159,8 +160,10 @@ def kernels_of_a_step(counts):
 
 def run_fault(device, name, folder):
     """One step with a fault in the program."""
+    case = Case("llama all keep bfloat16")
+    case.validation = []
     with FAULTS[name]():
-        Case("llama all keep bfloat16").train(folder, "cuda", 1)
+        case.train(folder, "cuda", 1)
     return {}
 
 
