@@ -49,6 +49,7 @@ def test_medquad_rows(tmp_path, monkeypatch, capsys):
     for r in train + val:
         assert data.as_conversation(r, "here") == [hf.Turn("user", r["prompt"]), hf.Turn("assistant", r["response"])]
     samples, counts = data.load_samples(tmp_path / "new" / "dir" / "medquad_train.jsonl", hf.load_tokenizer(ROOT / "assets"))
+    assert counts.pop("unread").startswith("'focus' (")
     assert counts == {"samples": len(train), "cut": 0, "dropped": 0, "warnings": []}
 
 
