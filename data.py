@@ -75,7 +75,7 @@ def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None
     for row in with_progress(rows, f"rows of {', '.join(map(str, paths))}"):
         conversation = as_conversation(row.content, row.where, templates)
         if not templates:
-            unread.update(row.content.keys() - READ)
+            unread.update(key for key in row.content if key not in READ)
         if holds_question_and_answer(conversation, templates):
             mixed.append(row.where)
         spelled = [token for turn in conversation for token in chat_format.find_lookalikes(turn)]
