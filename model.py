@@ -11,6 +11,7 @@ T tokens, d width, n heads, D numbers a head, V vocabulary, N tokens that count.
 """
 
 import functools
+import inspect
 import itertools
 import math
 from dataclasses import dataclass, field
@@ -114,13 +115,14 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def compile(self, **options):
-        """torch.compile, in place and block by block: blocks share the graphs, of which there is one for each number of
-        tokens (two with adapters: before the first block nothing needs a gradient). Attention runs between their parts.
+        """torch.compile, in place and block by block: blocks share the graphs, of which there are two for each number of
+        tokens, one on each side of attention (with adapters three: before the first block nothing needs a gradient).
         """
         torch._dynamo.config.recompile_limit = 64                         # of 8, after which new sizes run uncompiled
         torch._dynamo.config.optimize_ddp = False                         # blocks as they are do overlap with DDP
         for block in self.layers:
-            block.compile(dynamic=False, **options)
+            block.before_attention = torch.compile(block.before_attention, dynamic=False, **options)
+            block.after_attention = torch.compile(block.after_attention, dynamic=False, **options)
 
     def cast(self, dtype):
         """Matrices in `dtype`, that of autocast; norms and biases in float32, and with them all sums. Returns self."""
@@ -183,7 +185,16 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rope, packing):
-        x = x + self.self_attn(self.input_layernorm(x), rope, packing)
+        # Attention depends on the samples' lengths and is not compiled; what is before and after it is, each as one graph.
+        q, k, v = self.before_attention(x, rope)
+        y = packing.attend(self, q, k, v)                                 # (T, n, D)
+        return self.after_attention(x, y)
+
+    def before_attention(self, x, rope):
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), rope)
+
+    def after_attention(self, x, y):
+        x = x + self.self_attn.o_proj(y.flatten(1))                       # (T, d)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -198,13 +209,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, packing):
+    def queries_keys_values(self, x, rope):
         heads = len(x), -1, self.head_dim
         q = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)         # (T, n, D)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)         # (T, n_kv, D)
         v = self.v_proj(x).view(heads)                                    # (T, n_kv, D)
-        y = packing.attend(self, q, k, v)                                 # (T, n, D)
-        return self.o_proj(y.flatten(1))                                  # (T, d)
+        return q, k, v
 
 
 def rotate(x, rope):
@@ -227,6 +237,10 @@ def rope_frequencies(c, device):
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
+# torch 2.11's varlen_attn has no grouped heads, 2.13's has.
+FLASH_KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 class Packing:
     """Where packed samples lie in their tokens (T, ...), and attention within each of them.
 
@@ -243,22 +257,22 @@ class Packing:
         sample = torch.searchsorted(self.offsets, t, right=True) - 1      # (T,)
         self.position = t - self.offsets[sample]                          # (T,) from 0 in each
 
-    # Not compiled, so that what is compiled sees only T change.
-    @torch.compiler.disable
     def attend(self, layer, q, k, v):
         """q (T, n, D), k and v (T, n_kv, D) -> (T, n, D), causal."""
         if self.cache is not None:
             self.cache.keep(layer, k.split(self.lengths), v.split(self.lengths))
         n, D = q.shape[1:]
         grouped = n != k.shape[1]
-        if self.on_gpu and grouped:
-            # Not every kernel there knows grouped heads.
+        use_flash = self.has_flash and q.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= 256
+        if self.on_gpu and grouped and not (use_flash and FLASH_KNOWS_GROUPS):
+            # The other kernels there do not know grouped heads.
             k = k.repeat_interleave(n // k.shape[1], 1)
             v = v.repeat_interleave(n // v.shape[1], 1)
-        if self.has_flash and q.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= 256:
+        if use_flash:
             # One FlashAttention kernel for all samples.
             longest = max(self.lengths)
-            return varlen_attn(q, k, v, self.offsets, self.offsets, longest, longest, window_size=(-1, 0))
+            options = {"enable_gqa": True} if n != k.shape[1] else {}
+            return varlen_attn(q, k, v, self.offsets, self.offsets, longest, longest, window_size=(-1, 0), **options)
         # One by one: on a CPU as fast as length buckets, faster than padding and masks (bench/RESULTS.md).
         q, k, v = (x.transpose(0, 1)[None].split(self.lengths, 2) for x in (q, k, v))   # (1, n, L, D) each
         samples = [F.scaled_dot_product_attention(*sample, is_causal=True, enable_gqa=grouped)
@@ -315,9 +329,13 @@ class Linear(nn.Linear):
 # ---------------------------------------------------------------------------------------------------------------------
 # The head
 
-# Bytes of logits that are held at a time. On a CPU the products run at full speed from some 256 rows on; more rows mean
-# fewer passes over the weight's gradient, and more that need not be computed twice. A GPU wants thousands.
-CHUNK_BYTES = {"cpu": 5 * 2 ** 25, "cuda": 2 ** 29}
+# Bytes of logits that are held at a time on a CPU. Its products run at full speed from some 256 rows on; more rows mean
+# fewer passes over the weight's gradient, and more that need not be computed twice.
+CHUNK_BYTES = 5 * 2 ** 25
+# Rows of logits that are held at a time on a GPU. A pass over the weight's gradient moves 8 bytes a number of it, the
+# products of a chunk are 8 operations a row and number: an H100 at 600 TFLOP/s and 3.35 TB/s then spends 180 / rows of the
+# products' time on it, whatever V and d. With 4,096 that is 4%, and 1.2 GB of logits for the largest vocabulary (Qwen's).
+CHUNK_ROWS = 4096
 
 
 def linear_logprobs(hidden, weight, targets):
@@ -331,7 +349,7 @@ def linear_logprobs(hidden, weight, targets):
     turns them into softmax(z) - onehot(y) in place, and multiplies that by W (gradient of h) and by h (of W). There is
     never more than one chunk of logits, and the last of the forward pass is still there when the backward pass begins.
     The price is a fourth matrix product beside three, for all other chunks. Products are in autocast's dtype; the
-    log-sum-exp, the log-probs and the sum of the weight's gradient over chunks are float32.
+    target's logit, the log-sum-exp, the log-probs and the sum of the weight's gradient over chunks are float32.
     """
     return LinearLogprobs.apply(hidden, weight, targets)
 
@@ -341,16 +359,25 @@ class LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets):
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        logsumexp = compiled(row_logsumexp) if hidden.is_cuda else row_logsumexp
+        h, w = hidden.to(ctx.dtype), head_of_products(weight, ctx.dtype)
+        logsumexp = compiled(row_logsumexp) if on_gpu(hidden) else row_logsumexp
         logp = hidden.new_empty(len(h), dtype=torch.promote_types(hidden.dtype, torch.float32))   # (N,)
         lse = torch.empty_like(logp)                                      # (N,)
         chunks, buffer = chunks_of_logits(h, w)
         for rows in chunks:
-            z = torch.mm(h[rows], w.t(), out=buffer[:rows.stop - rows.start])   # (chunk, V)
-            for z_block, lse_block in row_blocks(z, lse[rows]):
+            z = torch.mm(h[rows], w.t(), out=buffer[:rows.stop - rows.start])   # (chunk, V), and the padding
+            for z_block, lse_block in row_blocks(z[:, :len(weight)], lse[rows]):
                 lse_block.copy_(logsumexp(z_block))
-            logp[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
+            z_y = z.gather(1, targets[rows, None])[:, 0]                  # (chunk,)
+            if z.dtype != logp.dtype:
+                # A logit of 30, rounded to bfloat16, is off by up to 1/16, and p_y by as much of itself; p_y is what
+                # DFT and BFT weight by. The others' errors average out in the sum, so that the target's alone is
+                # computed once more, in float32, and takes the rounded one's place in the sum as well.
+                exact = (hidden[rows].to(logp.dtype) * weight[targets[rows]]).sum(1)   # (chunk,)
+                others = lse[rows] + (-(z_y - lse[rows]).clamp(max=0).expm1()).log()   # log-sum-exp without the target
+                lse[rows] = torch.logaddexp(others, exact)
+                z_y = exact
+            logp[rows] = z_y - lse[rows]
         ctx.save_for_backward(hidden, weight, targets, logp, lse)
         ctx.kept = h, w, chunks, buffer                                   # with the last chunk's logits in it
         return logp
@@ -359,10 +386,10 @@ class LinearLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):                                              # (N,) d loss / d logp
         hidden, weight, targets, logp, lse = ctx.saved_tensors
-        softmax_ = compiled(row_softmax_) if hidden.is_cuda else row_softmax_
+        softmax_ = compiled(row_softmax_) if on_gpu(hidden) else row_softmax_
         last_logits_are_there = ctx.kept is not None
         if not last_logits_are_there:
-            h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+            h, w = hidden.to(ctx.dtype), head_of_products(weight, ctx.dtype)
             ctx.kept = h, w, *chunks_of_logits(h, w)
         h, w, chunks, buffer = ctx.kept
         ctx.kept = None                                                   # gone even if someone keeps the log-probs
@@ -370,26 +397,40 @@ class LinearLogprobs(torch.autograd.Function):
         grad_h = torch.empty_like(h)                                      # (N, d)
         grad_weight = torch.zeros_like(weight, dtype=logp.dtype) if ctx.needs_input_grad[1] else None   # (V, d)
         for rows in chunks[-1:] + chunks[:-1]:
-            z = buffer[:rows.stop - rows.start]                           # (chunk, V)
+            z = buffer[:rows.stop - rows.start]                           # (chunk, V), and the padding
             if not last_logits_are_there:
                 torch.mm(h[rows], w.t(), out=z)
             last_logits_are_there = False
-            for z_block, lse_block in row_blocks(z, lse[rows]):
+            # Padding stays zero.
+            for z_block, lse_block in row_blocks(z[:, :len(weight)], lse[rows]):
                 softmax_(z_block, lse_block)
             z[torch.arange(len(z), device=z.device), targets[rows]] = logp[rows].expm1().to(z.dtype)   # p_y - 1
             torch.mm(z, w, out=grad_h[rows])
             if grad_weight is not None:
                 for total, z_block in row_blocks(grad_weight, z.t()):
-                    total.sub_(torch.mm(z_block, scaled[rows]))
+                    total.sub_(torch.mm(z_block, scaled[rows])[:len(total)])
         return grad_h * -grad[:, None], grad_weight, None
+
+
+def on_gpu(tensor):                                                       # a function, so that tests can answer for it
+    return tensor.is_cuda
+
+
+def head_of_products(weight, dtype):
+    """The head (V, d) in the dtype of the products; on a GPU with rows of zeros up to a multiple of 64, since its
+    products are slow where V is odd (GPT-2's is). Other models' V is such a multiple: then nothing is copied for it."""
+    missing = -len(weight) % 64 if on_gpu(weight) else 0
+    weight = weight.to(dtype)
+    return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 
 
 def chunks_of_logits(h, w):
     """(slices of the N rows, room for the logits of one of them), for h (N, d) and w (V, d).
 
-    The slices are equal, but the first may be smaller, and their logits take CHUNK_BYTES at most (64 rows at least).
+    The slices are equal, but the first may be smaller. On a GPU they have CHUNK_ROWS rows at most, on a CPU so many that
+    their logits take CHUNK_BYTES (64 at least).
     """
-    limit = max(64, CHUNK_BYTES["cuda" if h.is_cuda else "cpu"] // (len(w) * w.itemsize))
+    limit = CHUNK_ROWS if on_gpu(h) else max(64, CHUNK_BYTES // (len(w) * w.itemsize))
     count = max(1, math.ceil(len(h) / limit))
     size = max(1, math.ceil(len(h) / count))
     stops = reversed(range(len(h), 0, -size))
@@ -399,9 +440,12 @@ def chunks_of_logits(h, w):
 
 
 def row_blocks(a, b):
-    """Pairs of blocks of rows of two tensors, so that what is made of a block is small: on a CPU, small enough for its
-    cache, where fresh memory would cost more than the arithmetic."""
-    rows = max(1, 2 ** (25 if a.is_cuda else 20) // a.shape[1])
+    """Pairs of blocks of rows of two tensors. On a CPU what is made of a block is small enough for its cache, where fresh
+    memory would cost more than the arithmetic. A GPU gets all rows at once: few kernels, and none that begins in between
+    the 16 bytes that it reads at a time."""
+    if on_gpu(a):
+        return [(a, b)]
+    rows = max(1, 2 ** 20 // a.shape[1])
     return zip(a.split(rows), b.split(rows))
 
 
@@ -448,9 +492,10 @@ class Cache:
         keys[sample, :, self.position] = k
         values[sample, :, self.position] = v
         seen = torch.arange(self.room, device=q.device) <= self.position[:, None]   # (S, room)
-        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen[:, None, None],
-                                           enable_gqa=q.shape[1] != k.shape[1])     # (S, n, 1, D)
-        return y[:, :, 0]
+        # The query heads that share keys are rows of one product: GPUs' fast kernels with masks know no grouped heads.
+        rows = q.view(len(q), k.shape[1], -1, q.shape[2])                 # (S, n_kv, n / n_kv, D)
+        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=seen[:, None, None])
+        return y.reshape(q.shape)
 
 
 def continue_prompts(model, prompts, max_new_tokens, temperature, stop, chance):
