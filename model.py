@@ -115,8 +115,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def compile(self, **options):
-        """torch.compile, in place and block by block: blocks share the graphs, of which there are two for each number of
-        tokens, one on each side of attention (with adapters three: before the first block nothing needs a gradient).
+        """torch.compile, in place and block by block: blocks share the graphs, of which there are two for each number
+        of tokens, one on each side of attention (with adapters four: before the first block nothing needs a gradient).
         """
         torch._dynamo.config.recompile_limit = 64                         # of 8, after which new sizes run uncompiled
         torch._dynamo.config.optimize_ddp = False                         # blocks as they are do overlap with DDP
@@ -185,7 +185,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rope, packing):
-        # Attention depends on the samples' lengths and is not compiled; what is before and after it is, each as one graph.
+        # Attention depends on the samples' lengths and is not compiled; what is before and after it is, as a graph each.
         q, k, v = self.before_attention(x, rope)
         y = packing.attend(self, q, k, v)                                 # (T, n, D)
         return self.after_attention(x, y)
@@ -333,8 +333,9 @@ class Linear(nn.Linear):
 # fewer passes over the weight's gradient, and more that need not be computed twice.
 CHUNK_BYTES = 5 * 2 ** 25
 # Rows of logits that are held at a time on a GPU. A pass over the weight's gradient moves 8 bytes a number of it, the
-# products of a chunk are 8 operations a row and number: an H100 at 600 TFLOP/s and 3.35 TB/s then spends 180 / rows of the
-# products' time on it, whatever V and d. With 4,096 that is 4%, and 1.2 GB of logits for the largest vocabulary (Qwen's).
+# products of a chunk are 8 operations a row and number: an H100 at 600 TFLOP/s and 3.35 TB/s then spends 180 / rows of
+# the products' time on it, whatever V and d. With 4,096 that is 4%, and 1.2 GB of logits for the largest vocabulary
+# (Qwen's).
 CHUNK_ROWS = 4096
 
 
@@ -427,8 +428,8 @@ def head_of_products(weight, dtype):
 def chunks_of_logits(h, w):
     """(slices of the N rows, room for the logits of one of them), for h (N, d) and w (V, d).
 
-    The slices are equal, but the first may be smaller. On a GPU they have CHUNK_ROWS rows at most, on a CPU so many that
-    their logits take CHUNK_BYTES (64 at least).
+    The slices are equal, but the first may be smaller. On a GPU they have CHUNK_ROWS rows at most, on a CPU so many
+    that their logits take CHUNK_BYTES (64 at least).
     """
     limit = CHUNK_ROWS if on_gpu(h) else max(64, CHUNK_BYTES // (len(w) * w.itemsize))
     count = max(1, math.ceil(len(h) / limit))
@@ -440,9 +441,9 @@ def chunks_of_logits(h, w):
 
 
 def row_blocks(a, b):
-    """Pairs of blocks of rows of two tensors. On a CPU what is made of a block is small enough for its cache, where fresh
-    memory would cost more than the arithmetic. A GPU gets all rows at once: few kernels, and none that begins in between
-    the 16 bytes that it reads at a time."""
+    """Pairs of blocks of rows of two tensors. On a CPU what is made of a block is small enough for its cache, where
+    fresh memory would cost more than the arithmetic. A GPU gets all rows at once: few kernels, and none that begins in
+    between the 16 bytes that it reads at a time."""
     if on_gpu(a):
         return [(a, b)]
     rows = max(1, 2 ** 20 // a.shape[1])
