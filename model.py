@@ -185,7 +185,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rope, packing):
-        # Attention depends on the samples' lengths and is not compiled; what is before and after it is, as a graph each.
+        # Attention depends on the samples' lengths and is not compiled; what is before and after it is, a graph each.
         q, k, v = self.before_attention(x, rope)
         y = packing.attend(self, q, k, v)                                 # (T, n, D)
         return self.after_attention(x, y)
