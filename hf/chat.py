@@ -13,6 +13,7 @@ Characters that no text has (Unicode's noncharacters) stand in the contents whil
     THOUGHT     around thoughts that stand in a key of their own
 """
 
+import functools
 import itertools
 import json
 import re
@@ -198,7 +199,7 @@ class ChatFormat:
     def __init__(self, name, template, tokenizer, directory=None):
         self.name, self.template, self.tokenizer = name, template, tokenizer
         self.where = f"the chat template of {directory}" if name == "own" else f"chat format {name}"
-        self.renderer = Renderer(template, special_names(tokenizer))
+        self.renderer = start_renderer(template, tuple(special_names(tokenizer).items()))
         self.added = added_tokens(tokenizer)
         self.added_ids = {token.id for token in self.added.values()}
         self.written = pattern_of(self.added)
@@ -463,6 +464,12 @@ def length_in_common(region, prompt, content):
 # ---------------------------------------------------------------------------------------------------------------------
 # The process that renders
 
+# A file, and another in the same format, need one process.
+@functools.lru_cache(maxsize=4)
+def start_renderer(template, names):
+    return Renderer(template, dict(names))
+
+
 class Renderer:
     """A process that renders one template: in jinja2's sandbox, in bounded time and memory.
 
@@ -491,6 +498,7 @@ class Renderer:
             was_in_time = timer.is_alive()
             timer.cancel()
         if not line.endswith("\n"):
+            start_renderer.cache_clear()
             reason = "its process has ended" if was_in_time else f"it takes more than {RENDER_SECONDS} s"
             raise ValueError(f"it cannot be rendered: {reason}")
         answer = json.loads(line)

@@ -404,7 +404,7 @@ def test_a_template_that_misbehaves_later_is_an_error_too(tmp_path):
     "{{ 10 ** (10 ** 10) }}",
 ])
 def test_a_hostile_template_is_refused_in_bounded_time(tmp_path, monkeypatch, hostile):
-    monkeypatch.setattr(chat, "RENDER_SECONDS", 2)
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 1)
     start = time.monotonic()
     with pytest.raises(UserError, match="the chat template of .*; expected a conversation"):
         with_template(tmp_path / "model", hostile + CHATML_TURNS)
@@ -425,9 +425,18 @@ def test_templates_are_rendered_where_there_is_no_module_resource(tmp_path, monk
     assert (tmp_path / "resource.py.asked").is_file()
 
 
-def test_the_process_that_renders_ends_with_its_format(tokenizer):
-    chat_format = hf.load_chat_format(None, tokenizer, "plain")
-    process = chat_format.renderer.process
-    assert process.poll() is None
-    del chat_format
+def test_the_process_that_renders_ends_with_its_owner():
+    renderer = chat.Renderer(CHATML_TURNS, {})
+    process = renderer.process
+    assert len(renderer.render([], [(0, False)])) == 1 and process.poll() is None
+    del renderer
     assert process.wait(10) is not None
+
+
+def test_one_process_serves_a_template(tokenizer):
+    one, other = (hf.load_chat_format(None, tokenizer, "plain") for _ in range(2))
+    assert one.renderer is other.renderer
+    one.renderer.process.kill()
+    with pytest.raises(UserError, match="its process has ended"):
+        other.encode(TURNS)
+    assert marked(hf.load_chat_format(None, tokenizer, "plain"), TURNS)
