@@ -141,6 +141,7 @@ def test_another_format_than_the_model_s_own_is_said_once(work, monkeypatch, cap
     file.write_text(before)
 
 
+@pytest.mark.slow
 def test_models_that_keep_different_samples_are_not_compared(tmp_path, monkeypatch, capsys, tokenizer):
     # 20 tokens: some prompts alone are longer.
     for name, positions in (("a", 2048), ("b", 20)):

@@ -308,6 +308,7 @@ PUBLISHED = {"SmolLM2-135M": ("Llama", 576, 30, 9, 3, 1536, 49152, True), "Qwen2
              "Llama-3.1-8B": ("Llama", 4096, 32, 32, 8, 14336, 128256, False), "Qwen2.5-14B": ("Qwen2", 5120, 48, 40, 8, 13824, 152064, False)}
 
 
+@pytest.mark.slow
 def test_the_memory_table_of_the_docs_is_what_the_program_computes():
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
             "tie_word_embeddings")

@@ -392,6 +392,7 @@ def test_a_template_that_misbehaves_later_is_an_error_too(tmp_path):
             chat_format.encode([*TURNS, *TURNS[3:]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hostile", [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
     "{{ 'a' * 10 ** 10 }}",

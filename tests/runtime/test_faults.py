@@ -245,6 +245,7 @@ def plant(path, planted):
         assert b"write_text" in file.read(next(n for n in file.namelist() if n.endswith("data.pkl")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip, cut, another_model, another_step, plant])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, directory, tmp_path, monkeypatch, capsys):
     argv = kill.command("one process", directory)
