@@ -30,6 +30,7 @@ def test_size():
     assert 380 <= len(rows("facts")) <= 450
 
 
+@pytest.mark.slow
 def test_strata_are_by_gene_and_exposures_are_as_stated():
     stratum, pretrained, finetuned = {}, collections.Counter(), collections.Counter()
     for f in rows("facts"):

@@ -182,6 +182,7 @@ def test_what_the_default_job_goes_over():
             train.parse_settings(argv)
 
 
+@pytest.mark.slow
 def test_a_base_is_kept_until_something_changes_it(in_a_folder, monkeypatch):
     def base(*argv, seed=0):
         settings, _ = train.parse_settings(list(map(str, argv)))

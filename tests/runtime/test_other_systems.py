@@ -41,6 +41,7 @@ def test_a_run_is_trained_saved_and_resumed(windows, tmp_path, monkeypatch):
         assert metrics(out) == whole and len(whole) == 4 and (out / "model" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_default_job_runs(windows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "BASE", {**job.BASE, "epochs": 0, "steps": 1})
