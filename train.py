@@ -1,6 +1,6 @@
 """Fine-tunes a GPT with any objective of bft.py, on one process or many.
 
-    python train.py                                        # the default job on assets/: less than two minutes on a CPU
+    python train.py                                        # the default job on assets/: some two minutes on two cores
     torchrun --nproc_per_node=8 train.py                   # the same on eight GPUs
     torchrun --nproc_per_node=8 train.py --init DIR_OR_HUB_ID --data FILE.jsonl --objective sft bft --out runs/mine
 
