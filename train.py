@@ -321,7 +321,7 @@ def train(settings, objective, out, record, make_model, samples, validation, ext
     model = prepare_model(make_model, settings, dtype, ranks.device)
     trained = trained_parameters(model)
     optimizer = make_optimizer(trained, settings)
-    first_step = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)   # from 0
+    first_step = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)   # steps done
     # The log may have the validation of this step already.
     validated = begin(out, record, first_step, settings.resume, ranks)
     net = wrap(model, settings, dtype, ranks)

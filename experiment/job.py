@@ -240,6 +240,7 @@ class Job:
             yield entry
 
     def train_and_ask(self, training):
+        """Trains a model, if it is not there yet, and asks it: its entry in results.json."""
         settings, is_base = training.settings, training.start is None
         make_model = functools.partial(GPT, self.model_config)
         if not is_base:

@@ -285,7 +285,7 @@ class ChatFormat:
         """The content of a turn as the template gets it. Contents that are blank are as they were."""
         text = turn.content
         if NONCHARACTERS.search(text) or NONCHARACTERS.search(turn.thoughts or ""):
-            raise UserError("a text has one of the noncharacters U+FDD0 to U+FDD2; expected text")
+            raise UserError("a text has one of the noncharacters U+FDD0 to U+FDD3; expected text")
         inside = text.strip()
         if not inside:
             return text
@@ -464,7 +464,7 @@ def length_in_common(region, prompt, content):
 # ---------------------------------------------------------------------------------------------------------------------
 # The process that renders
 
-# A file, and another in the same format, need one process.
+# All who use a template share its process: several files, and several models.
 @functools.lru_cache(maxsize=4)
 def start_renderer(template, names):
     return Renderer(template, dict(names))
