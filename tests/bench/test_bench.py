@@ -26,6 +26,18 @@ def test_each_prints_its_table(script, rows):
     assert [name for name in found if name in rows] == rows and "time ratio" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_precision_of_p_is_measured():
+    done = forked(1, BENCH / "precision.py", "--dry", path=())
+    assert done.returncode == 0, done.stderr
+    rows = [re.split("  +", line.strip()) for line in done.stdout.splitlines()[3:]]
+    errors = {name: [float(value.rstrip("%")) for value in values] for name, *values in rows}
+    assert set(map(len, errors.values())) == {3} and len(errors) == 4
+    # The common number spoils what is rounded, and nothing else.
+    worst = [errors[name][2] for name in ("all logits rounded", "the target's logit in float32 (ours)")]
+    assert worst[1] < worst[0] / 2 and errors["the head less its mean row"][2] < worst[0] / 2
+
+
 THEIRS = '''
 import not_installed
 
