@@ -134,8 +134,7 @@ def main():
     padded, sorted_padded = (sum(len(some) * max(len(x.ids) for x in some) for some in
                                  row_batches(batch, args.rows, by_length)) for by_length in (False, True))
     work = train.flops(model, batch)
-    peak = next((v for k, v in train.PEAK_FLOPS.items() if ranks.device.type == "cuda"
-                 and k in torch.cuda.get_device_name(ranks.device)), None)
+    peak = train.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
     print(heading(ranks.device, *packages))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.shape}, {parameters / 1e6:.0f}M parameters, {args.dtype}, compile {args.compile}, --micro-tokens "

@@ -36,8 +36,8 @@ STEPS = 2
 SAMPLES = ((40, 20), (7, 3), (61, 33), (25, 24), (12, 1), (50, 8))        # tokens, response tokens
 MICRO_TOKENS = 130
 # What is counted apart. Phases within others are counted there alone.
-PHASES = [(train, "prepare_model"), (train, "resume_from_checkpoint"), (train, "forward_backward"), (bft, "objective_loss"),
-          (train, "sample_statistics"), (train, "clip_gradient"), (train.StepLog, "write"), (train, "validate"),
+PHASES = [(train, "prepare_model"), (train, "resume_from_checkpoint"), (train, "forward_backward"), (bft, "weigh"),
+          (bft, "objective_loss"), (train, "sample_statistics"), (train, "clip_gradient"), (train.StepLog, "write"), (train, "validate"),
           (train, "save_checkpoint"), (train, "save_result")]
 
 

@@ -23,14 +23,13 @@ FAULTS = {"tensor_left_on_the_cpu": "runs", "item_in_the_step": "waits", "int64_
 # Of the worker: two steps, each of two micro-batches with at most four samples.
 STEPS = 2
 MICRO_BATCHES = 2
-STEP = ("loop", "forward_backward", "objective_loss", "sample_statistics", "clip_gradient")
+STEP = ("loop", "forward_backward", "weigh", "objective_loss", "sample_statistics", "clip_gradient")
 
 # What follows is what there is. Whoever makes it less writes the new number here.
-KERNELS_OF_A_STEP = {"gpt2 all keep": 870, "gpt2 all recompute": 1050, "gpt2 lora keep": 1000, "gpt2 lora recompute": 1260,
-                     "llama all keep": 1180, "llama all recompute": 1470, "llama lora keep": 1400, "llama lora recompute": 1760,
-                     "qwen3 all keep": 1350, "qwen3 all recompute": 1690, "qwen3 lora keep": 1570, "qwen3 lora recompute": 2000}
-KERNELS_OF_A_MICRO_BATCH = {"objective_loss": 53, "sample_statistics": 83}
-UNPINNED_OFFSETS_OF_A_MICRO_BATCH = 4                                     # one would do
+KERNELS_OF_A_STEP = {"gpt2 all keep": 730, "gpt2 all recompute": 900, "gpt2 lora keep": 850, "gpt2 lora recompute": 1110,
+                     "llama all keep": 1030, "llama all recompute": 1320, "llama lora keep": 1250, "llama lora recompute": 1620,
+                     "qwen3 all keep": 1200, "qwen3 all recompute": 1540, "qwen3 lora keep": 1430, "qwen3 lora recompute": 1840}
+KERNELS_OF_A_MICRO_BATCH = {"weigh": 25, "objective_loss": 11, "sample_statistics": 26}
 # Two of score's are a micro-batch's, and nine or ten of generate's a prompt's or a token's.
 WAITS_OF_EVALUATION = {"score": 6, "loglikelihood": 6, "generate": 32}
 
@@ -65,7 +64,7 @@ def check_waits(run):
 
 
 def check_copies(run):
-    """Copies that do not block are from pinned memory, but for the offsets of a micro-batch's samples."""
+    """Copies that do not block are from pinned memory, but for one of the offsets of a micro-batch's samples."""
     not_offsets = [what for what, _ in in_the_step(run, "unpinned") if int(re.search("of ([0-9]+) numbers", what)[1]) > 5]
     assert not_offsets == []
 
@@ -85,7 +84,7 @@ def test_copies_to_the_device_are_from_pinned_memory(run):
     check_copies(run)
     unpinned = sum(times for _, times in in_the_step(run, "unpinned"))
     steps = STEPS + 1                                                     # one of them after the resume
-    assert unpinned <= UNPINNED_OFFSETS_OF_A_MICRO_BATCH * MICRO_BATCHES * steps
+    assert unpinned <= MICRO_BATCHES * steps
 
 
 def test_a_step_has_no_more_kernels_than_it_had(run):
