@@ -61,7 +61,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        norm = RMSNorm if c.norm == "rms" else nn.LayerNorm
+        norm = RMSNorm if c.norm == "rms" else LayerNorm
         # from_pretrained: an Embedding made by its sizes would draw its own random weights first.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.n_embd), freeze=False)
         if c.rope_theta is None:
@@ -72,18 +72,23 @@ class GPT(nn.Module):
             self.lm_head = Linear(c.n_embd, c.vocab_size, bias=False)
         self.file_dtypes = {}                                             # {name: dtype} of the file it was loaded from
         for name, p in self.named_parameters():
-            # On device "meta" there is nothing to fill yet: a file will.
+            # On device "meta" there is nothing to fill yet.
             if not p.is_meta:
                 self.initialise(name, p)
 
     def initialise(self, name, p):
-        """Normal(0, 0.02) matrices; those that end a residual branch are smaller, as in GPT-2. Norms stay 1."""
-        if p.dim() == 2:
+        """What a parameter of this name starts from, in place. Matrices are normal(0, 0.02); those that end a residual
+        branch smaller, as in GPT-2. Adapters change nothing at first: A is random, B zero (LoRA)."""
+        if name.endswith("lora_a"):
+            nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+        elif name.endswith(("bias", "lora_b")):
+            nn.init.zeros_(p)
+        elif p.dim() == 1:
+            nn.init.ones_(p)                                              # of a norm
+        else:
             ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
             depth = 2 * self.config.n_layer if ends_branch else 1
             nn.init.normal_(p, std=0.02 / math.sqrt(depth))
-        elif name.endswith("bias"):
-            nn.init.zeros_(p)
 
     @property
     def head(self):
@@ -131,12 +136,14 @@ class GPT(nn.Module):
         return self
 
     def add_lora(self, rank, alpha):
-        """Freezes everything and gives each linear layer of the blocks an adapter of this rank: float32, A drawn from
-        torch's global generator, B zero."""
+        """Freezes everything and gives each linear layer of the blocks an adapter of this rank, float32."""
         self.requires_grad_(False)
         for module in self.layers.modules():
             if isinstance(module, Linear):
                 module.add_lora(rank, alpha)
+        for name, p in self.named_parameters():
+            if p.requires_grad and not p.is_meta:
+                self.initialise(name, p)
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens, temperature=0.0, stop=(), seed=0):
@@ -178,7 +185,7 @@ class GPT(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        norm = RMSNorm if c.norm == "rms" else nn.LayerNorm
+        norm = RMSNorm if c.norm == "rms" else LayerNorm
         self.input_layernorm = norm(c.n_embd, c.norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = norm(c.n_embd, c.norm_eps)
@@ -296,13 +303,18 @@ class MLP(nn.Module):
         return self.down_proj(F.gelu(up, approximate="tanh"))
 
 
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        # In float32, whatever comes in.
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        # In float32, whatever comes in.
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -315,8 +327,7 @@ class Linear(nn.Linear):
 
     def add_lora(self, rank, alpha):
         self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features, dtype=torch.float32))
-        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.lora_b = nn.Parameter(self.weight.new_empty(self.out_features, rank, dtype=torch.float32))
         self.scale = alpha / rank
 
     def forward(self, x):

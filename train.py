@@ -10,7 +10,6 @@ Reads top to bottom in the order in which it runs: settings, the command, the lo
 
 import argparse
 import contextlib
-import functools
 import math
 import os
 import random
@@ -41,6 +40,7 @@ from runtime.process import Parser, Stop, UserError, run
 from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
 from runtime.run_directory import begin, check_out, describe
+from runtime.sharding import SHARDS, draw_parameters, exchange, gather_whole, is_sharded, ranks_that_share, shard
 from tasks.scoring import score
 
 
@@ -76,6 +76,8 @@ class Settings:
                                 action=argparse.BooleanOptionalAction)
     recompute: bool = flag(False, "keep each block's input alone and compute the block again in the backward pass",
                            action="store_true")
+    shard: str = flag("no", "what ranks share instead of holding all of the model: its rows, over all ranks or within "
+                      "each node", choices=SHARDS)
     lora_rank: int = flag(0, "rank of adapters (LoRA) on all linear layers of the blocks; 0: train all weights",
                           at_least=0)
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / rank; 0: twice the rank", at_least=0)
@@ -162,7 +164,6 @@ class Start(NamedTuple):
     config: object                   # the model's GPTConfig
     tokenizer: hf.Tokenizer
     chat_format: hf.ChatFormat
-    make_model: object               # () -> GPT with the starting weights
     directory: Path | None           # of the model; None: random weights
     files: dict                      # {name: [paths]} that were read, whose digests go into config.json
 
@@ -194,8 +195,8 @@ def finetune(settings, ranks):
     for objective, out in outs.items():
         check_out(out, records[objective], settings.resume)
     for objective, out in outs.items():
-        directory = train(settings, objective, out, records[objective], start.make_model, samples, validation,
-                          extra_files, ranks)
+        directory = train(settings, objective, out, records[objective], start.config, start.directory, samples,
+                          validation, extra_files, ranks)
         ranks.print(f"{objective}: the model is in {directory}")
 
 
@@ -218,13 +219,11 @@ def open_start(settings):
             raise UserError("--init scratch needs --tokenizer: a directory with tokenizer.json, or a tiktoken name")
         directory, tokenizer = None, hf.load_tokenizer(settings.tokenizer)
         config = scratch_config(settings, tokenizer)
-        make_model = functools.partial(GPT, config)
     else:
         directory, config, tokenizer = hf.open_model(settings.init, settings.tokenizer)
         out = Path(settings.out).resolve()
         if out == directory.resolve() or out in directory.resolve().parents:
             raise UserError(f"--out {settings.out} holds the model of --init; expected another directory")
-        make_model = functools.partial(hf.load_weights, directory)
         files["init"] = [directory / "config.json", *hf.weight_files(directory)]
     if tokenizer.path:
         files["tokenizer"] = [tokenizer.path]
@@ -232,7 +231,7 @@ def open_start(settings):
         beside = [tokenizer.path.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja")]
         files["tokenizer"] += [path for path in beside if path.is_file()]
     chat_format = hf.load_chat_format(None if settings.tokenizer else directory, tokenizer, settings.chat_format)
-    return Start(config, tokenizer, chat_format, make_model, directory, files)
+    return Start(config, tokenizer, chat_format, directory, files)
 
 
 def scratch_config(settings, tokenizer):
@@ -305,11 +304,12 @@ class Step(NamedTuple):
     outcome: Outcome
 
 
-def train(settings, objective, out, record, make_model, samples, validation, extra_files, ranks):
+def train(settings, objective, out, record, config, start, samples, validation, extra_files, ranks):
     """Trains one objective into the run directory `out`, which `check_out` has looked at; returns that of the model.
 
-    record: what `describe_run` says of the run. make_model() gives the starting model. samples, validation: lists of
-    data.Sample (validation may be empty). extra_files: {file name: bytes} that go with the model.
+    record: what `describe_run` says of the run. config, start: the GPTConfig of the starting model, and its directory
+    (None: random weights). samples, validation: data.Sample (validation may be empty). extra_files: {file name: bytes}
+    that go with the model.
     """
     total = settings.steps or settings.epochs * math.ceil(len(samples) / settings.batch_size)
     if is_finished(out, total, settings.resume, ranks):
@@ -318,7 +318,7 @@ def train(settings, objective, out, record, make_model, samples, validation, ext
     if settings.compile is None:
         settings = replace(settings, compile=ranks.device.type == "cuda")
     dtype = compute_dtype(settings.dtype, ranks.device)
-    model = prepare_model(make_model, settings, dtype, ranks.device)
+    model = prepare_model(config, start, settings, dtype, ranks)
     trained = trained_parameters(model)
     optimizer = make_optimizer(trained, settings)
     first_step = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)   # steps done
@@ -344,7 +344,7 @@ def train(settings, objective, out, record, make_model, samples, validation, ext
             optimizer.step()
             # Under DDP they become zeros and stay in its buckets. Made anew, in a pass without exchange, they would lie
             # outside, and memory would hold them twice.
-            optimizer.zero_grad(set_to_none=ranks.world == 1)
+            optimizer.zero_grad(set_to_none=net is model)
 
             # The step is done. What follows only looks at it, keeps it, or stops.
             done = step + 1
@@ -355,11 +355,11 @@ def train(settings, objective, out, record, make_model, samples, validation, ext
                 log.write()                                               # ends the run if a number is not finite
                 if due.validate and not received:
                     received = validate(model, validation, done, log, stop)
-                if (due.save or received) and ranks.rank == 0:
-                    save_checkpoint(out, done, trained, optimizer, settings.keep)
+                if due.save or received:
+                    save_checkpoint(out, done, trained, optimizer, settings.keep, ranks)
                 log.restart_clock()
         leave_after_a_signal(received or ranks.largest(stop.signal), out, done, ranks)
-    save_result(out, model, trained, make_model, settings, extra_files, ranks)
+    save_result(out, model, start, settings, extra_files, ranks)
     return out / "model"
 
 
@@ -376,15 +376,25 @@ def is_finished(out, total, resume, ranks):
     return bool(ranks.largest(finished))
 
 
-def prepare_model(make_model, settings, dtype, device):
-    """The starting model on the device: all of it trained in float32, or frozen in dtype with adapters."""
+def prepare_model(config, start, settings, dtype, ranks):
+    """The starting model, on each rank what it holds of it. Tensors are read or drawn one at a time."""
+    model = model_on_meta(config, settings, dtype)
+    shard(model, settings.shard, dtype, ranks)
+    if start:
+        hf.fill_weights(model, start, ranks.device)
     torch.manual_seed(settings.seed)
-    model = make_model().to(device)
-    if settings.lora_rank:
-        model.cast(dtype).add_lora(settings.lora_rank, settings.lora_alpha or 2 * settings.lora_rank)
-    else:
-        model.float()                                                     # autocast does the rest
+    draw_parameters(model, ranks.device)                                  # all of them, or adapters
     model.recompute = settings.recompute
+    return model
+
+
+def model_on_meta(config, settings, dtype):
+    """The model that is trained, without memory: all of it float32 (autocast does the rest), or with adapters, the
+    frozen base in autocast's dtype."""
+    with torch.device("meta"):
+        model = GPT(config)
+        if settings.lora_rank:
+            model.cast(dtype).add_lora(settings.lora_rank, settings.lora_alpha or 2 * settings.lora_rank)
     return model
 
 
@@ -416,7 +426,7 @@ def wrap(model, settings, dtype, ranks):
     """The module whose backward pass exchanges gradients: the model itself, compiled or not, or under DDP."""
     if settings.compile:
         model.compile()
-    if ranks.world == 1:
+    if ranks.world == 1 or is_sharded(model):
         return model
     net = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                                   gradient_as_bucket_view=True)           # or gradients are there twice
@@ -487,15 +497,13 @@ def forward_backward(net, batch, objective, settings, ranks, dtype):
         samples = [batch[i] for i in micro_batch]
         size = bucket(sum(len(sample.ids) for sample in samples), settings.micro_tokens) if settings.compile else 1
         packed = collate(samples, size).to(ranks.device)
-        # Ranks exchange gradients once a step, in the last backward pass.
         is_last = number == len(my_micro_batches) - 1
-        exchange = contextlib.nullcontext() if is_last or ranks.world == 1 else net.no_sync()
-        with exchange, torch.compiler.set_stance("default" if settings.compile else "force_eager"):
+        with exchange(net, is_last), torch.compiler.set_stance("default" if settings.compile else "force_eager"):
             with autocast(ranks.device, dtype):
                 logp = net(packed.input_ids, packed.lengths, packed.at, packed.targets)   # (N,)
             weights = bft.weigh(logp, packed.offsets, objective, settings.group_size)
             part = bft.objective_loss(logp, packed.offsets, objective, settings.group_size, denominator, weights)
-            # DDP takes the mean over ranks of gradients that are to be added.
+            # DDP and FSDP take the mean over ranks of gradients that are to be added.
             (part * ranks.world).backward()
         loss += part.detach()
         statistics.append(sample_statistics(logp, weights, settings.group_size))
@@ -513,7 +521,7 @@ def sample_statistics(logp, weights, group_size):
 
 def clip_gradient(trained, largest):
     """Scales the gradient down to this norm, if it is not 0; returns the norm before, 0-d, on the device."""
-    return torch.nn.utils.clip_grad_norm_(trained.values(), largest or math.inf)
+    return gather_whole(torch.nn.utils.clip_grad_norm_(trained.values(), largest or math.inf))
 
 
 def validate(model, samples, step, log, stop):
@@ -534,19 +542,15 @@ def leave_after_a_signal(received, out, step, ranks):
         raise SystemExit(128 + received)
 
 
-def save_result(out, model, trained, make_model, settings, extra_files, ranks):
+def save_result(out, model, start, settings, extra_files, ranks):
     """The trained model as a Hugging Face directory, with the files that go with it."""
-    if ranks.rank == 0:
+    is_first = ranks.rank == 0
+    if is_first:
         (out / "model").mkdir(exist_ok=True)
         for name, content in extra_files.items():
             write_whole(out / "model" / name, [content])
-        if settings.lora_rank:
-            # Into the weights as they were, not as they were rounded for training.
-            adapters = {name: p.detach().cpu() for name, p in trained.items()}
-            model = make_model()
-            model.add_lora(settings.lora_rank, settings.lora_alpha or 2 * settings.lora_rank)
-            model.load_state_dict({**model.state_dict(), **adapters})
-        hf.save_model(model, out / "model")
+    # Adapters go into the weights as they were, not as they were rounded for training.
+    hf.save_model(model, out / "model", start if settings.lora_rank else None, writes=is_first)
     ranks.barrier()
 
 
@@ -698,33 +702,47 @@ def flops(model, samples):
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
-def training_bytes(config, lora_rank, dtype):
-    """Bytes of weights, gradients and optimizer state on every rank: 16 a trained parameter (float32: weight, gradient,
-    two moments), those of dtype a frozen one. Activations come on top."""
-    with torch.device("meta"):                                            # shapes only
-        model = GPT(config)
-        if lora_rank:
-            model.cast(dtype).add_lora(lora_rank, 1)
-    return sum(16 * p.numel() if p.requires_grad else p.nbytes for p in model.parameters())
+def training_bytes(config, settings, dtype, sharing=1):
+    """Bytes of weights, gradients and optimizer state on a rank: 16 a trained parameter (float32: weight, gradient, two
+    moments), those of dtype a frozen one. Activations come on top.
+
+    sharing: the ranks that have one copy of the model among them. Each then holds its rows, and the largest group that
+    is gathered at a time: a block, or what is outside of them, with its gradient.
+    """
+    model = model_on_meta(config, settings, dtype)
+    held, gathered = 0, {}
+    for name, p in model.named_parameters():
+        held += math.ceil(len(p) / sharing) * p[0].numel() * (16 if p.requires_grad else p.itemsize)
+        group = name.split(".")[1] if name.startswith("layers.") else "outside"
+        gathered[group] = gathered.get(group, 0) + p.numel() * (8 if p.requires_grad else p.itemsize)
+    return held if sharing == 1 else held + max(gathered.values())
 
 
 def check_memory(config, settings, ranks):
-    """Raises UserError, before anything is loaded, if not even the weights and optimizer state can fit."""
+    """Raises UserError, before anything is loaded, if not even the weights and optimizer state can fit; it says which
+    change of the command would help."""
     room = memory_bytes(ranks.device)
     if room is None:
         return
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    sharing = processes_here if ranks.device.type == "cpu" else 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     dtype = compute_dtype(settings.dtype, ranks.device)
-    needed = sharing * training_bytes(config, settings.lora_rank, dtype)
-    if needed <= room:
+
+    def needed(change):
+        changed = replace(settings, **change)
+        bytes_of_a_rank = training_bytes(config, changed, dtype, ranks_that_share(changed.shard, ranks))
+        return bytes_of_a_rank * (here if ranks.device.type == "cpu" else 1)
+
+    if needed({}) <= room:
         return
-    with_adapters = sharing * training_bytes(config, settings.lora_rank or 16, dtype)
-    advice = "expected a smaller model or more memory"
-    if with_adapters <= room:
-        program = "python" if ranks.world == 1 else f"torchrun --nproc_per_node={processes_here}"
-        advice = f"this needs {with_adapters / 1e9:.0f} GB: {program} {shlex.join(sys.argv)} --lora-rank 16"
-    raise UserError(f"weights, gradients and optimizer state need {needed / 1e9:.0f} GB, {ranks.device} has "
+    ways = [{"shard": "all"}, {"lora_rank": 16}, {"shard": "all", "lora_rank": 16}]
+    advice = "expected a smaller model, more memory, or more GPUs and --shard all"
+    for way in ways:
+        if needed(way) <= room and not (settings.init == "scratch" and "lora_rank" in way):
+            program = "python" if ranks.world == 1 else f"torchrun --nproc_per_node={here}"
+            flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in way.items())
+            advice = f"this needs {needed(way) / 1e9:.0f} GB: {program} {shlex.join(sys.argv)} {flags}"
+            break
+    raise UserError(f"weights, gradients and optimizer state need {needed({}) / 1e9:.0f} GB, {ranks.device} has "
                     f"{room / 1e9:.0f} GB; {advice}")
 
 

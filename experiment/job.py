@@ -11,7 +11,6 @@ and kept in --out:
 Bases are kept in runs/base-*, for the next time.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -33,7 +32,6 @@ from experiment.pictures import plot
 from experiment.planting import plant
 from experiment.report import introduce, render, summarise
 from hf import files_beside_model, llama_config, load_tokenizer, load_weights
-from model import GPT
 from runtime.device import compute_dtype
 from runtime.files import write_whole
 from runtime.process import UserError
@@ -242,12 +240,9 @@ class Job:
     def train_and_ask(self, training):
         """Trains a model, if it is not there yet, and asks it: its entry in results.json."""
         settings, is_base = training.settings, training.start is None
-        make_model = functools.partial(GPT, self.model_config)
-        if not is_base:
-            make_model = functools.partial(load_weights, training.start)
         self.ranks.quiet = not is_base
-        directory = self.train(settings, training.objective, training.out, training.config, make_model,
-                               training.samples, [], self.beside_model, self.ranks)
+        directory = self.train(settings, training.objective, training.out, training.config, self.model_config,
+                               training.start, training.samples, [], self.beside_model, self.ranks)
         if not is_base and self.ranks.rank == 0:
             # It is finished, and the checkpoints of so many would fill a disk.
             shutil.rmtree(training.out / "checkpoint", ignore_errors=True)

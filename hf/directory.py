@@ -1,13 +1,15 @@
 """What the commands do with a model directory: open it, find what ends an answer, copy the files beside a model."""
 
+import functools
 import json
 from pathlib import Path
 
 from hf.config import load_config
 from hf.hub import find_directory
 from hf.tokenizer import load_tokenizer
-from hf.weights import check_dtypes, load_model, weight_files
+from hf.weights import check_dtypes, fill_model, load_model, weight_files
 from runtime.process import UserError
+from runtime.sharding import place
 
 
 # They go with a model as they are.
@@ -62,6 +64,15 @@ def load_weights(directory):
     """The GPT of a directory, as `load_model`. Raises UserError."""
     try:
         return load_model(directory)
+    except (ValueError, OSError) as e:
+        raise UserError(str(e)) from None
+
+
+def fill_weights(model, directory, device):
+    """Gives a model on "meta", sharded or not, the weights of a directory: on each rank its rows, in the dtypes that
+    its parameters have. Raises UserError."""
+    try:
+        fill_model(model, directory, functools.partial(place, device=device))
     except (ValueError, OSError) as e:
         raise UserError(str(e)) from None
 

@@ -13,6 +13,7 @@ from hf.config import load_config
 from hf.hub import find_directory
 from model import GPT
 from runtime.files import iterate_safetensors, safetensors_layout, save_safetensors, write_whole
+from runtime.sharding import gather_whole, is_sharded, local
 
 
 SHARD_BYTES = 5_000_000_000                       # a model beyond this is saved in several files
@@ -46,34 +47,44 @@ def load_model(directory_or_hub_id):
     Raises FileNotFoundError if a file is missing, and ValueError if one is damaged or not what we support.
     """
     directory = find_directory(directory_or_hub_id)
-    files = weight_files(directory)
-    config = load_config(directory)
+    weight_files(directory)
     # On "meta" a parameter has a shape and no memory: the file's tensors take its place.
     with torch.device("meta"):
-        model = GPT(config)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+        model = GPT(load_config(directory))
+    fill_model(model, directory)
+    return model
+
+
+def fill_model(model, directory, place=lambda t, p: t):
+    """Gives a model on "meta" the tensors of a directory's files, one at a time. Adapters, which these do not have,
+    stay as they are.
+
+    place(tensor, parameter): what becomes of a tensor that is read for this parameter; without it nothing does. Raises
+    as `load_model`.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
+    expected = set(parameters)
     # A file may hold the head although it is tied to the embedding.
-    shapes.setdefault(HEAD, shapes[EMBEDDING])
-    tensors, misfits = {}, []
-    for name_in_file, name, t in read_tensors(files, is_gpt2(config)):
-        if shapes.get(name) != t.shape or name in tensors:
+    parameters.setdefault(HEAD, parameters[EMBEDDING])
+    tensors, dtypes, misfits = {}, {}, []
+    for name_in_file, name, t in read_tensors(weight_files(directory), is_gpt2(model.config)):
+        if name not in parameters or parameters[name].shape != t.shape or name in tensors:
             misfits.append(name_in_file)
-        tensors[name] = t
-    if config.tie_embeddings:
-        shapes.pop(HEAD)
-        head = tensors.pop(HEAD, None)
-        if head is not None and EMBEDDING in tensors and not torch.equal(head, tensors[EMBEDDING]):
+            continue
+        tensors[name], dtypes[name] = place(t, parameters[name]), t.dtype
+    if model.config.tie_embeddings and HEAD in tensors:
+        head = tensors.pop(HEAD)
+        if EMBEDDING in tensors and not torch.equal(local(head), local(tensors[EMBEDDING])):
             misfits.append(f"{HEAD} (differs from the embedding that it is tied to)")
-    misfits += shapes.keys() - tensors.keys()
+    misfits += expected - tensors.keys()
     if misfits:
         names = ", ".join(sorted(misfits)[:5])
         if len(misfits) > 5:
             names += f" and {len(misfits) - 5} more"
         raise ValueError(f"{directory} does not fit its config.json: missing, unexpected, twice or of another shape: "
                          f"{names}")
-    model.load_state_dict(tensors, assign=True)
-    model.file_dtypes = {name: t.dtype for name, t in tensors.items()}
-    return model
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.file_dtypes = {name: dtypes[name] for name in tensors}
 
 
 def read_tensors(files, gpt2):
@@ -81,13 +92,15 @@ def read_tensors(files, gpt2):
     check_dtypes(files)
     for file in files:
         for name_in_file, t in iterate_safetensors(file):
-            if name_in_file.endswith(CONSTANTS):
-                continue
-            if not gpt2:
-                yield name_in_file, name_in_file.removeprefix("model."), t
-                continue
-            for name, part in from_gpt2(name_in_file, t):
+            for name, part in as_ours(name_in_file, t, gpt2):
                 yield name_in_file, name, part
+
+
+def as_ours(name, t, gpt2):
+    """A tensor of a file under our names: [(name, tensor)]; none for a constant."""
+    if name.endswith(CONSTANTS):
+        return []
+    return from_gpt2(name, t) if gpt2 else [(name.removeprefix("model."), t)]
 
 
 def check_dtypes(files):
@@ -153,18 +166,28 @@ def what_is_there(directory):
 # ---------------------------------------------------------------------------------------------------------------------
 # Out
 
-def save_model(model, directory):
+def save_model(model, directory, base=None, writes=True):
     """Writes config.json and model.safetensors (several of them above SHARD_BYTES), which transformers'
-    AutoModelForCausalLM opens. Adapters are merged; every tensor has the dtype that it was loaded from.
+    AutoModelForCausalLM opens. Adapters are merged; every tensor has the dtype that it was loaded from. One is held at
+    a time.
 
-    Raises OSError naming the file that could not be written.
+    base: the directory that a model with adapters was loaded from. They are then merged into its tensors, and not into
+    those that were rounded for training. writes: False on the ranks that only bring their rows of a sharded model, all
+    but one. Raises OSError naming the file that could not be written.
     """
+    if base is not None:
+        base = find_tensors(weight_files(base), is_gpt2(model.config))
+    if not writes:
+        if is_sharded(model):
+            for _ in tensors_for_file(model, base, writes=False):
+                pass
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(model)
     count = len(shards)
     written = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    tensors = (t for _, t in tensors_for_file(model))
+    tensors = (t for _, t in tensors_for_file(model, base))
     for file, shard in zip(written, shards):
         save_safetensors(shard, directory / file, itertools.islice(tensors, len(shard)))
     if count > 1:
@@ -184,7 +207,7 @@ def save_model(model, directory):
 def plan_shards(model):
     """[{name: tensor on "meta"}], one for each file of at most SHARD_BYTES; a larger tensor has a file to itself."""
     shards, room = [{}], SHARD_BYTES
-    for name, t in tensors_for_file(model, "meta"):
+    for name, t in tensors_for_file(model, shapes_only=True):
         if t.nbytes > room and shards[-1]:
             shards.append({})
             room = SHARD_BYTES
@@ -202,31 +225,63 @@ def config_for_file(model):
     return {**config_json, key: str(dtype).removeprefix("torch.")}
 
 
-def tensors_for_file(model, device="cpu"):
-    """Yields (name, tensor) as Hugging Face has them, one at a time (device "meta": the shapes alone)."""
+def tensors_for_file(model, base=None, writes=True, shapes_only=False):
+    """Yields (name, tensor) as Hugging Face has them, one at a time, on the CPU (shapes_only: on "meta"). base: see
+    `find_tensors`. writes: as in `save_model`."""
     gpt2 = is_gpt2(model.config)
+
+    def whole(name):
+        if shapes_only:
+            p = model.get_parameter(name)
+            return torch.empty(p.shape, dtype=model.file_dtypes.get(name, p.dtype), device="meta")
+        return merged(name, model, base, writes)
+
     for name, _ in model.named_parameters():
         if ".lora_" in name:
             # It is merged into the matrix that it adapts.
             continue
         if gpt2:
-            yield from to_gpt2(name, model, device)
+            yield from to_gpt2(name, whole)
         elif name == HEAD:
-            yield name, merged(name, model, device)
+            yield name, whole(name)
         else:
-            yield "model." + name, merged(name, model, device)
+            yield "model." + name, whole(name)
 
 
-def merged(name, model, device):
+def merged(name, model, base, writes):
     """A parameter with its adapter merged, in the dtype that it was loaded from."""
     module_name, _, kind = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    p = model.get_parameter(name).detach().to(device)
+    module, p = model.get_submodule(module_name), model.get_parameter(name)
+    dtype = model.file_dtypes.get(name, p.dtype)
+    if base is None:
+        p = gather_whole(p.detach()).cpu()
+    elif writes:
+        p = read_parameter(name, base, is_gpt2(model.config))
     if kind == "weight" and getattr(module, "scale", 0):
-        a = module.lora_a.detach().to(device)     # (rank, in)
-        b = module.lora_b.detach().to(device)     # (out, rank)
-        p = p.float() + module.scale * (b @ a)    # (out, in)
-    return p.to(model.file_dtypes.get(name, p.dtype))
+        a = gather_whole(module.lora_a.detach()).cpu()   # (rank, in)
+        b = gather_whole(module.lora_b.detach()).cpu()   # (out, rank)
+        if writes:
+            p = p.float() + module.scale * (b @ a)       # (out, in)
+    return p.to(dtype) if writes else p
+
+
+def find_tensors(files, gpt2):
+    """{our name: (file, name in it)}. Nothing but the files' headers is read."""
+    found = {}
+    for file in files:
+        with open(file, "rb") as f:
+            layout = safetensors_layout(f)
+        for name_in_file, _, shape in layout:
+            for name, _ in as_ours(name_in_file, torch.empty(shape, device="meta"), gpt2):
+                found[name] = file, name_in_file
+    return found
+
+
+def read_parameter(name, places, gpt2):
+    """One of our parameters from where `find_tensors` found it."""
+    file, name_in_file = places[name]
+    (_, t), = iterate_safetensors(file, names=[name_in_file])
+    return dict(as_ours(name_in_file, t, gpt2))[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,15 +325,15 @@ def from_gpt2(name, t):
     return list(zip(names, t.chunk(3)))
 
 
-def to_gpt2(name, model, device):
+def to_gpt2(name, whole):
     """Yields the (name, tensor) of a GPT-2 file that our parameter of this name begins: keys and values go with the
-    queries."""
+    queries. whole(name): one of our tensors."""
     if ".k_proj." in name or ".v_proj." in name:
         return
-    t = merged(name, model, device)
+    t = whole(name)
     if ".q_proj." in name:
-        k = merged(name.replace(".q_proj.", ".k_proj."), model, device)
-        v = merged(name.replace(".q_proj.", ".v_proj."), model, device)
+        k = whole(name.replace(".q_proj.", ".k_proj."))
+        v = whole(name.replace(".q_proj.", ".v_proj."))
         t = torch.cat([t, k, v])
     if name.startswith("layers.") and t.dim() == 2:
         t = t.t()

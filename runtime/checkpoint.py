@@ -18,8 +18,10 @@ def checkpoints(out):
     return sorted((int(match[1]), out / "checkpoint" / match[0]) for match in matches if match)
 
 
-def save_checkpoint(out, step, trained, optimizer, keep):
-    """Whole or not at all, then the ones before the last `keep` go. trained: {name: parameter}. Called by rank 0."""
+def save_checkpoint(out, step, trained, optimizer, keep, ranks):
+    """Whole or not at all, then the ones before the last `keep` go. trained: {name: parameter}."""
+    if ranks.rank > 0:
+        return
     with replacing(out / "checkpoint" / f"step-{step}.pt") as f:
         torch.save({"step": step, "model": {name: p.detach() for name, p in trained.items()},
                     "optimizer": optimizer.state_dict()}, f)

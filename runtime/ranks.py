@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -62,6 +63,16 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
+
+    def texts(self, mine):
+        """[text] that the ranks bring, in their order."""
+        if self.world == 1:
+            return [mine]
+        mine = np.frombuffer(mine.encode(), dtype=np.uint8)
+        table = torch.zeros(self.world, self.largest(len(mine)), dtype=torch.uint8)
+        table[self.rank, :len(mine)] = torch.tensor(mine)
+        dist.all_reduce(table)                                            # each rank filled its row
+        return [bytes(row.tolist()).rstrip(b"\0").decode() for row in table]
 
     def barrier(self):
         self.largest(0)

@@ -32,8 +32,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 # Settings that may change between runs without any effect on the result.
 WITHOUT_EFFECT = {"out", "save_every", "eval_every", "log_every", "keep", "resume", "report"}
 # What changes no more than the rounding of a run's numbers.
-ROUNDING = {"micro_tokens", "compile", "recompute", "device", "world_size", "threads", "git_commit", "python", "torch",
-            "numpy", "tiktoken"}
+ROUNDING = {"micro_tokens", "compile", "recompute", "shard", "device", "world_size", "threads", "git_commit", "python",
+            "torch", "numpy", "tiktoken"}
 # What cannot be config.json of a run.
 NOT_A_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 

@@ -44,11 +44,10 @@ PHASES = [(train, "prepare_model"), (train, "resume_from_checkpoint"), (train, "
 class LivelyGPT(model_module.GPT):
     """Its adapters learn from the first step: with B = 0 the gradient of A is 0."""
 
-    def add_lora(self, rank, alpha):
-        super().add_lora(rank, alpha)
-        for name, p in self.named_parameters():
-            if name.endswith("lora_b"):
-                torch.nn.init.normal_(p, std=0.1)
+    def initialise(self, name, p):
+        super().initialise(name, p)
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p, std=0.1)
 
 
 class Case:
@@ -83,9 +82,8 @@ class Case:
                 gradients.setdefault(name, fake_cuda.numbers_of(p.grad).clone())
             return clip_gradient(trained, largest)
 
-        with patch.object(train, "clip_gradient", clip_and_keep):
-            make_model = functools.partial(LivelyGPT, self.config)
-            train.train(settings, "bft", out, record, make_model, self.samples, self.validation, {}, ranks)
+        with patch.object(train, "clip_gradient", clip_and_keep), patch.object(train, "GPT", LivelyGPT):
+            train.train(settings, "bft", out, record, self.config, None, self.samples, self.validation, {}, ranks)
         return gradients, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     def evaluate(self, out, device, phase):

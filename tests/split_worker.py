@@ -1,5 +1,7 @@
 """Run by test_train.py, alone or under torchrun: the gradient of one global batch in several layouts, by the loop's own
-`train.forward_backward`; rank 0 saves {"objective layout adapters": (loss, gradient, statistics of each sample)}, of all weights and of adapters."""
+`train.forward_backward`; rank 0 saves {"objective layout adapters": (loss, gradient, statistics of each sample)}, of all weights and of adapters.
+
+A layout is a number of micro_tokens, with a + filled up as for compiled blocks, with an r recomputed, with a c compiled."""
 
 import sys
 
@@ -13,13 +15,14 @@ import train
 from data import Sample
 from runtime.process import run
 from runtime.ranks import Ranks
+from runtime.sharding import gather_whole, is_sharded, shard
 
 
 GROUP_SIZE = 5
 
 
 def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([gather_whole(p.grad).flatten() for p in model.parameters() if p.requires_grad])
 
 
 def setup(adapters):
@@ -37,17 +40,22 @@ def setup(adapters):
     return model, batch
 
 
-def main(out, *layouts):
+def main(how, out, *layouts):
     ranks = Ranks("cpu")
     ranks.start()
     results = {}
     for adapters in (False, True):
         model, batch = setup(adapters)
-        net = DistributedDataParallel(model) if ranks.world > 1 else model
-        for objective in bft.OBJECTIVES:
-            for layout in layouts:                                        # micro_tokens, with a + filled up as for compiled blocks
+        shard(model, how, torch.float32, ranks)
+        net = DistributedDataParallel(model) if ranks.world > 1 and not is_sharded(model) else model
+        for layout in sorted(layouts, key=lambda layout: "c" in layout):   # once compiled it stays so
+            model.recompute = "r" in layout
+            if "c" in layout:
+                model.compile(backend="eager")
+            micro_tokens = int(layout.rstrip("+rc"))
+            for objective in bft.OBJECTIVES:
                 model.zero_grad()
-                s = train.Settings(micro_tokens=int(layout.rstrip("+")), compile="+" in layout, group_size=GROUP_SIZE)
+                s = train.Settings(micro_tokens=micro_tokens, compile="+" in layout or "c" in layout, group_size=GROUP_SIZE)
                 outcome = train.forward_backward(net, batch, objective, s, ranks, torch.float32)
                 loss, statistics = train.gather(outcome, len(batch), ranks)
                 results[f"{objective} {layout} {adapters}"] = (loss, gradient(model), torch.from_numpy(statistics))

@@ -55,26 +55,12 @@ def one_sample_at_a_time(objective, adapters):
     return loss.item(), split_worker.gradient(model), nll
 
 
-class WithoutExchange:
-    """A model as `forward_backward` sees it under DDP, on a rank that hears nothing of the others."""
-
-    def __init__(self, model):
-        self.model = model
-        self.unexchanged = 0                                              # backward passes that DDP would keep to itself
-
-    def __call__(self, *inputs):
-        return self.model(*inputs)
-
-    @contextlib.contextmanager
-    def no_sync(self):
-        self.unexchanged += 1
-        yield
-
-
 @pytest.mark.parametrize("objective", ["sft", "bft"])                     # averages over tokens, over samples
 @pytest.mark.parametrize("world, micro_tokens", [(2, 10000), (2, 60), (3, 1)])
-def test_the_mean_over_ranks_is_the_gradient_of_one(world, micro_tokens, objective):
+def test_the_mean_over_ranks_is_the_gradient_of_one(world, micro_tokens, objective, monkeypatch):
     """The ranks one after the other, without DDP, whose mean of their gradients is taken here."""
+    exchanges = []
+    monkeypatch.setattr(train, "exchange", lambda net, is_last: exchanges.append(is_last) or contextlib.nullcontext())
     loss, gradient, _ = one_sample_at_a_time(objective, False)
     gradients, losses = [], []
     for rank in range(world):
@@ -82,10 +68,10 @@ def test_the_mean_over_ranks_is_the_gradient_of_one(world, micro_tokens, objecti
         ranks = Ranks("cpu")
         ranks.rank, ranks.world = rank, world
         settings = train.Settings(micro_tokens=micro_tokens, compile=False, group_size=split_worker.GROUP_SIZE)
-        net = WithoutExchange(model)
-        outcome = train.forward_backward(net, batch, objective, settings, ranks, torch.float32)
+        exchanges.clear()
+        outcome = train.forward_backward(model, batch, objective, settings, ranks, torch.float32)
         micro_batches = len(deal([len(sample.ids) for sample in batch], world, micro_tokens)[rank])
-        assert net.unexchanged == micro_batches - 1                       # the last pass exchanges what all have added up
+        assert exchanges == [False] * (micro_batches - 1) + [True]        # the last pass exchanges what all have added up
         gradients.append(split_worker.gradient(model))
         losses.append(outcome.loss.item())
     mean = torch.stack(gradients).mean(0)
@@ -94,12 +80,13 @@ def test_the_mean_over_ranks_is_the_gradient_of_one(world, micro_tokens, objecti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, layouts", [(1, ("10000", "90", "50", "1", "90+")), (2, ("10000", "60", "1", "60+")),
-                                            (3, ("10000", "50", "1", "1+"))])
-def test_a_step_is_the_same_in_every_layout(ranks, layouts, tmp_path):
-    """micro_tokens 10000: all packed into one micro-batch a rank; 1: one sample a micro-batch; +: filled up to the size that
-    would be compiled. Thirteen layouts in all."""
-    result = forked(ranks, ROOT / "tests" / "split_worker.py", tmp_path / "out.pt", *layouts)
+@pytest.mark.parametrize("how, ranks, layouts", [
+    ("no", 1, ("10000", "90", "50", "1", "90+")), ("no", 2, ("10000", "60", "1", "60+")), ("no", 3, ("10000", "50", "1", "1+")),
+    ("all", 1, ("50",)), ("all", 2, ("10000", "1", "60r", "60+c")), ("all", 3, ("10000", "50", "50r")), ("all", 4, ("10000", "1"))])
+def test_a_step_is_the_same_in_every_layout(how, ranks, layouts, tmp_path):
+    """micro_tokens 10000: all packed into one micro-batch a rank; 1: one sample a micro-batch; see the worker. On all ranks or
+    sharded over them."""
+    result = forked(ranks, ROOT / "tests" / "split_worker.py", how, tmp_path / "out.pt", *layouts)
     assert result.returncode == 0, result.stderr
     results = torch.load(tmp_path / "out.pt", weights_only=True)
     assert len(results) == 2 * len(layouts) * len(bft.OBJECTIVES)
@@ -205,8 +192,8 @@ def test_the_loop_trains_on_the_chat_format_from_the_weights_given(tmp_path, mon
     save_safetensors(noise, base / "model.safetensors")
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (base / file).write_bytes((checkpoint / file).read_bytes())
-    loaded, load = [], hf.load_weights
-    monkeypatch.setattr(hf, "load_weights", lambda directory: loaded.append(load(directory)) or loaded[-1])
+    loaded, prepare_model = [], train.prepare_model
+    monkeypatch.setattr(train, "prepare_model", lambda *given: loaded.append(prepare_model(*given)) or loaded[-1])
     assert call(monkeypatch, "--init", base, "--data", data_file, "--steps", 1, "--batch-size", 100, "--lr", 1e-12, "--dtype", "bfloat16",
                 *lora, "--out", tmp_path / "run") == 0
     assert loaded[0].layers[0].mlp.up_proj.weight.dtype == (torch.bfloat16 if lora else torch.float32)   # frozen in it, or trained
@@ -317,7 +304,7 @@ def test_the_memory_table_of_the_docs_is_what_the_program_computes():
     gpus = [int(cell.split()[0]) for cell in rows["model"][3:]]
     for name, (family, *sizes) in PUBLISHED.items():
         c = hf.config_from_dict({"architectures": [family + "ForCausalLM"], "max_position_embeddings": 32768, **dict(zip(keys, sizes))})
-        full, lora = (train.training_bytes(c, rank, torch.bfloat16) / 1e9 for rank in (0, 16))
+        full, lora = (train.training_bytes(c, train.Settings(lora_rank=rank), torch.bfloat16) / 1e9 for rank in (0, 16))
         fits = ["F L" if full < 0.75 * gpu else "L" if lora < 0.75 * gpu else "" for gpu in gpus]
         assert rows.pop(name) == [f"{full / 16:.3f} B", f"{full:.1f}", f"{lora:.1f}", *fits]
     assert len(rows) == 2                                                 # the heading and the line under it

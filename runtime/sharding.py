@@ -1,0 +1,134 @@
+"""One model over many ranks: who holds what of it, and when gradients are exchanged. Three ways, and the loop does not
+know which:
+
+    one process           holds everything, and exchanges nothing
+    --shard no            every rank holds everything (DDP); gradients are exchanged once a step
+    --shard all, node     every rank holds its rows of each parameter, gradient and moment (FSDP2), over all ranks or
+                          over those of a node; blocks are gathered when they are needed
+
+Rows are the first dimension. Rank i of k holds those from i * ceil(n / k) on, ceil(n / k) of them or what is left: the
+last ones may hold fewer, or none.
+"""
+
+import contextlib
+import os
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime.process import UserError
+
+
+SHARDS = ("no", "all", "node")                                            # of --shard
+
+
+def ranks_that_share(how, ranks):
+    """How many ranks have one copy of the model among them. Raises UserError."""
+    if how == "no":
+        return 1
+    if how == "all":
+        return ranks.world
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks.world % here:
+        raise UserError(f"--shard node: {ranks.world} ranks, {here} of them on this node; expected as many on each")
+    return here
+
+
+def shard(model, how, dtype, ranks):
+    """Cuts a model's parameters into the rows that each rank holds, in place; it may be on "meta" still. how: one of
+    SHARDS. dtype: autocast's.
+
+    Blocks that are trained in float32 under bfloat16 autocast travel in bfloat16, and are computed with as they come.
+    Of what DDP does not round this rounds the weights of their norms, and the gradient of these on each rank: autocast
+    rounds matrices and biases in any case, and gradients are added in float32. What is outside of the blocks travels
+    as it is: in bfloat16 the gradient of an embedding's row would be a sum of as many rounded terms as it has tokens.
+    """
+    count = ranks_that_share(how, ranks)
+    if count == 1:
+        return
+    if count == ranks.world:
+        mesh = init_device_mesh(ranks.device.type, (count,))
+    else:
+        # The weights are there once in every row of the mesh.
+        mesh = init_device_mesh(ranks.device.type, (ranks.world // count, count), mesh_dim_names=("copy", "rows"))
+    # Inputs are not cast: the residual stream stays float32.
+    as_it_is = MixedPrecisionPolicy(cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    is_float32 = all(p.dtype == torch.float32 for p in model.layers.parameters())
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=rounded if is_float32 else as_it_is)
+    # Let go after each pass like the blocks, or between two of them the model would not have its own parameters.
+    fully_shard(model, mesh=mesh, mp_policy=as_it_is, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "generate")
+
+
+@contextlib.contextmanager
+def exchange(net, is_last):
+    """The backward pass within belongs to one of a step's micro-batches, the last or not. How gradients meet:
+
+    DDP adds them over ranks in the last one. Rows of a sharded model are added in each, since a rank that waited would
+    hold the gradient of the whole model; copies of the rows on other nodes in the last.
+    """
+    if isinstance(net, FSDPModule):
+        net.set_requires_all_reduce(is_last)
+    waits = isinstance(net, DistributedDataParallel) and not is_last
+    with net.no_sync() if waits else contextlib.nullcontext():
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows and whole tensors
+
+def rows_of(p):
+    """(first, one past the last) of the rows of a parameter that this rank holds."""
+    if not isinstance(p, DTensor):
+        return 0, len(p)
+    count, index = p.device_mesh.size(-1), p.device_mesh.get_local_rank(-1)
+    size = -(-len(p) // count)
+    return min(index * size, len(p)), min((index + 1) * size, len(p))
+
+
+def as_rows_of(p, rows, device):
+    """Rows `rows_of(p)` of a tensor, anywhere and in any dtype, as what p is: in its dtype, on the device, sharded as p
+    is. p may be on "meta"."""
+    rows = rows.to(device, p.dtype)
+    if not isinstance(p, DTensor):
+        return rows
+    return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def place(whole, p, device):
+    """The same for a whole tensor, of which no more is kept than this rank's rows."""
+    first, stop = rows_of(p)
+    if stop - first < len(p):
+        whole = whole[first:stop].clone()
+    return as_rows_of(p, whole, device)
+
+
+def draw_parameters(model, device):
+    """Gives those of a model's parameters that are on "meta" what they start from, by its `initialise`. One whole
+    tensor is held at a time."""
+    drawn = {}
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            whole = torch.empty(p.shape)
+            model.initialise(name, whole)
+            drawn[name] = place(whole, p, device)
+    model.load_state_dict(drawn, strict=False, assign=True)
+
+
+def local(t):
+    """The rows that this rank holds."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+def gather_whole(t):
+    """The whole tensor. Of a sharded one every rank must ask for it."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
