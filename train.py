@@ -703,19 +703,17 @@ def flops(model, samples):
 # Memory
 
 def training_bytes(config, settings, dtype, sharing=1):
-    """Bytes of weights, gradients and optimizer state on a rank: 16 a trained parameter (float32: weight, gradient, two
-    moments), those of dtype a frozen one. Activations come on top.
-
-    sharing: the ranks that have one copy of the model among them. Each then holds its rows, and the largest group that
-    is gathered at a time: a block, or what is outside of them, with its gradient.
+    """(held, gathered): the bytes that a rank holds of weights, gradients and optimizer state, 16 a trained parameter
+    (float32: weight, gradient, two moments), those of dtype a frozen one; and what comes on top where `sharing` ranks
+    have one copy of the model among them: the largest group of weights and gradients that is whole at a time, a block
+    or what is outside of the blocks. Activations come on top of both.
     """
-    model = model_on_meta(config, settings, dtype)
-    held, gathered = 0, {}
-    for name, p in model.named_parameters():
+    held, groups = 0, {}
+    for name, p in model_on_meta(config, settings, dtype).named_parameters():
         held += math.ceil(len(p) / sharing) * p[0].numel() * (16 if p.requires_grad else p.itemsize)
         group = name.split(".")[1] if name.startswith("layers.") else "outside"
-        gathered[group] = gathered.get(group, 0) + p.numel() * (8 if p.requires_grad else p.itemsize)
-    return held if sharing == 1 else held + max(gathered.values())
+        groups[group] = groups.get(group, 0) + p.numel() * (8 if p.requires_grad else p.itemsize)
+    return held, max(groups.values()) if sharing > 1 else 0
 
 
 def check_memory(config, settings, ranks):
@@ -729,8 +727,8 @@ def check_memory(config, settings, ranks):
 
     def needed(change):
         changed = replace(settings, **change)
-        bytes_of_a_rank = training_bytes(config, changed, dtype, ranks_that_share(changed.shard, ranks))
-        return bytes_of_a_rank * (here if ranks.device.type == "cpu" else 1)
+        of_a_rank = sum(training_bytes(config, changed, dtype, ranks_that_share(changed.shard, ranks)))
+        return of_a_rank * (here if ranks.device.type == "cpu" else 1)
 
     if needed({}) <= room:
         return

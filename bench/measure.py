@@ -22,6 +22,21 @@ from data import Sample  # noqa: E402
 LENGTHS = (21, 58, 75, 88, 103, 117, 133, 149, 164, 181, 201, 221, 246, 278, 314, 349, 390, 446, 543, 740, 5387)
 PROMPTS = (14, 17, 18, 18, 19, 19, 20, 20, 20, 21, 21, 22, 22, 23, 23, 24, 25, 26, 27, 29, 51)
 
+# Published sizes (and small ones), as in their config.json.
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+         "tie_word_embeddings": True, "max_position_embeddings": 8192, "rope_theta": 100000.0}
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SHAPES = {
+    "smollm2": {**LLAMA, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                "num_attention_heads": 9, "num_key_value_heads": 3},
+    "gpt2": {**GPT2, "n_embd": 768, "n_layer": 12, "n_head": 12},                               # 124M
+    "gpt2-xl": {**GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25},                           # 1.5B
+    "small": {**LLAMA, "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
+              "num_attention_heads": 8, "num_key_value_heads": 4},                              # 27M
+    "dry": {**LLAMA, "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2}}
+
 
 def interleave(alternatives, repeats, device):
     """Runs each of {name: function} in turn, after once to warm up: `repeats` rounds, up to five times as many if they

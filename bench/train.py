@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from loss import materialised_bft
-from measure import gigabytes, heading, interleave, medquad_batch
+from measure import SHAPES, gigabytes, heading, interleave, medquad_batch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,19 +27,6 @@ import train  # noqa: E402
 from model import GPT  # noqa: E402
 from runtime.device import autocast  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
-
-
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-         "tie_word_embeddings": True, "max_position_embeddings": 8192, "rope_theta": 100000.0}
-GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-SHAPES = {
-    "smollm2": {**LLAMA, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                "num_attention_heads": 9, "num_key_value_heads": 3},
-    "gpt2": {**GPT2, "n_embd": 768, "n_layer": 12, "n_head": 12},                               # 124M
-    "gpt2-xl": {**GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25},                           # 1.5B
-    "dry": {**LLAMA, "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2}}
 
 
 def optimizer_of(model):

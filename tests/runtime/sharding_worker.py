@@ -1,0 +1,63 @@
+"""Run by test_sharding.py on several ranks: the function that the first argument names."""
+
+import sys
+
+import split_worker
+import torch
+from support import tiny
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from runtime.process import run
+from runtime.ranks import Ranks
+from runtime.sharding import gather_whole, local, place, rows_of, shard
+
+
+def rows(ranks):
+    """Every rank's rows of every parameter are those that `rows_of` says, and together the whole, also where there are
+    fewer than ranks."""
+    whole = {name: p.detach().clone() for name, p in tiny(vocab_size=5, hidden_size=16, num_attention_heads=2).named_parameters()}
+    model = tiny(vocab_size=5, hidden_size=16, num_attention_heads=2)
+    shard(model, "all", torch.float32, ranks)
+    for name, p in model.named_parameters():
+        first, stop = rows_of(p)
+        assert torch.equal(local(p), whole[name][first:stop]), name
+        again = place(whole[name].double(), p, ranks.device)
+        assert again.dtype == p.dtype and again.placements == p.placements and torch.equal(gather_whole(again), whole[name]), name
+        # No more than the rows is kept of what came.
+        assert local(again).untyped_storage().nbytes() <= max(1, stop - first) * whole[name][0].nbytes, name
+    first, stop = rows_of(model.embed_tokens.weight)
+    print("rows", ranks.rank, first, stop)
+
+
+def rounding(ranks):
+    """The gradient under bfloat16 autocast of DDP, and how far sharding's is from it: with weights of norms that
+    bfloat16 has, and with others."""
+    for norms_are_rounded in (True, False):
+        gradients = []
+        for how in ("no", "all"):
+            model, batch = split_worker.setup(False)
+            for name, p in model.named_parameters():
+                if "norm" in name and norms_are_rounded:
+                    p.data = p.data.bfloat16().float()
+            shard(model, how, torch.bfloat16, ranks)
+            net = DistributedDataParallel(model) if how == "no" else model
+            settings = train.Settings(micro_tokens=60, compile=False, group_size=split_worker.GROUP_SIZE)
+            train.forward_backward(net, batch, "bft", settings, ranks, torch.bfloat16)
+            gradients.append({name: gather_whole(p.grad) for name, p in model.named_parameters()})
+        plain, sharded = gradients
+        assert all(gradient.dtype == torch.float32 for gradient in sharded.values())
+        for kind in ("norm", "proj", "embed"):
+            names = [name for name in plain if kind in name and (name.startswith("layers.") or kind == "embed")]
+            error = sum((plain[name] - sharded[name]).square().sum() for name in names).sqrt()
+            ranks.print(norms_are_rounded, kind, float(error / sum(plain[name].square().sum() for name in names).sqrt()))
+
+
+def main():
+    ranks = Ranks("cpu")
+    ranks.start()
+    globals()[sys.argv[1]](ranks)
+
+
+if __name__ == "__main__":
+    run(main)
