@@ -5,8 +5,8 @@
     python bench/memory.py --shape small
 
 A directory of random weights is loaded as train.py loads it, and trained on in float32. Memory is what comes on top of
-the process before: resident bytes on a CPU, torch's own count on a GPU. Computed is what `train.training_bytes` says that
-a rank holds; for loading, the bytes of its weights. In a step what is gathered at a time, and activations, come on top.
+the process before: resident bytes on a CPU, torch's own count on a GPU. Computed is what `train.training_bytes` says
+that a rank holds; for loading, the bytes of its weights. What is gathered in a step, and activations, come on top.
 """
 
 import argparse

@@ -73,7 +73,7 @@ BASE = {
     "weight_decay": 0.01,
     "log_every": 200,
 }
-SHARED_WITH_BASE = ("dtype", "device", "compile", "recompute", "micro_tokens", "n_layer", "n_head", "n_embd")
+SHARED_WITH_BASE = ("dtype", "device", "compile", "recompute", "shard", "micro_tokens", "n_layer", "n_head", "n_embd")
 
 # Where a batch has one sample, these do what another one does: no gradient of theirs is measured.
 SAME_IN_A_SAMPLE = ("sft-sample", "bft-token", "bft-tokavg")

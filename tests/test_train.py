@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,31 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("gigabytes, expected", [
+    (300, None), (100, "--shard all"), (20, "--lora-rank 16"), (10, "--shard all --lora-rank 16"), (3, "or more GPUs and --shard all")])
+def test_what_would_fit_is_proposed(gigabytes, expected, monkeypatch):
+    """Four GPUs' ranks and Qwen2.5-7B."""
+    ranks = Ranks("cpu")
+    ranks.world, ranks.device = 4, torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(train, "memory_bytes", lambda device: int(gigabytes * 1e9))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "here"])
+    settings = train.Settings(dtype="bfloat16", init="a model")
+    if expected is None:
+        train.check_memory(published_config("Qwen2.5-7B"), settings, ranks)
+        return
+    with pytest.raises(UserError) as error:
+        train.check_memory(published_config("Qwen2.5-7B"), settings, ranks)
+    assert str(error.value).endswith(expected)
+    if "GPUs" not in expected:
+        assert f": torchrun --nproc_per_node=4 train.py --out here {expected}" in str(error.value)
+        # The command that is proposed is one that fits.
+        proposed = iter(expected.split())
+        change = {flag[2:].replace("-", "_"): value for flag, value in zip(proposed, proposed)}
+        settings.shard, settings.lora_rank = change.get("shard", "no"), int(change.get("lora_rank", 0))
+        train.check_memory(published_config("Qwen2.5-7B"), settings, ranks)
+
+
 def test_the_tokenizer_that_was_used_is_saved(tmp_path, monkeypatch, data_file):
     spec = json.loads((ASSETS / "tokenizer.json").read_text())
     (tmp_path / "mine.json").write_text(json.dumps(spec))
@@ -292,22 +318,52 @@ PUBLISHED = {"SmolLM2-135M": ("Llama", 576, 30, 9, 3, 1536, 49152, True), "Qwen2
              "Qwen3-0.6B": ("Qwen3", 1024, 28, 16, 8, 3072, 151936, True), "Llama-3.2-1B": ("Llama", 2048, 16, 32, 8, 8192, 128256, True),
              "Qwen2.5-1.5B": ("Qwen2", 1536, 28, 12, 2, 8960, 151936, True), "Llama-3.2-3B": ("Llama", 3072, 28, 24, 8, 8192, 128256, True),
              "Qwen3-4B": ("Qwen3", 2560, 36, 32, 8, 9728, 151936, True), "Qwen2.5-7B": ("Qwen2", 3584, 28, 28, 4, 18944, 152064, False),
-             "Llama-3.1-8B": ("Llama", 4096, 32, 32, 8, 14336, 128256, False), "Qwen2.5-14B": ("Qwen2", 5120, 48, 40, 8, 13824, 152064, False)}
+             "Llama-3.1-8B": ("Llama", 4096, 32, 32, 8, 14336, 128256, False), "Qwen2.5-14B": ("Qwen2", 5120, 48, 40, 8, 13824, 152064, False),
+             "Qwen2.5-32B": ("Qwen2", 5120, 64, 40, 8, 27648, 152064, False),
+             "Llama-3.1-70B": ("Llama", 8192, 80, 64, 8, 28672, 128256, False)}
+SMALL_ENOUGH = list(PUBLISHED)[:-2]                                       # to be in the table of unsharded ones
+
+
+def published_config(name):
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+            "tie_word_embeddings")
+    family, *sizes = PUBLISHED[name]
+    return hf.config_from_dict({"architectures": [family + "ForCausalLM"], "max_position_embeddings": 32768, **dict(zip(keys, sizes))})
+
+
+def table_of_performance(section):
+    """The first table of a section of docs/performance.md: {first cell of a row: the others}."""
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split(f"\n## {section}\n")[1]
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    return {cells[0]: cells[1:] for cells in rows}
 
 
 @pytest.mark.slow
 def test_the_memory_table_of_the_docs_is_what_the_program_computes():
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
-            "tie_word_embeddings")
-    section = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split("## Memory")[1].split("\n## ")[0]
-    rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|"))}
-    gpus = [int(cell.split()[0]) for cell in rows["model"][3:]]
-    for name, (family, *sizes) in PUBLISHED.items():
-        c = hf.config_from_dict({"architectures": [family + "ForCausalLM"], "max_position_embeddings": 32768, **dict(zip(keys, sizes))})
+    rows = table_of_performance("Memory")
+    gpus = [int(cell.split()[0]) for cell in rows.pop("model")[3:]]
+    assert rows.keys() - {"---"} == set(SMALL_ENOUGH)
+    for name in SMALL_ENOUGH:
+        c = published_config(name)
         full, lora = (sum(train.training_bytes(c, train.Settings(lora_rank=rank), torch.bfloat16)) / 1e9 for rank in (0, 16))
         fits = ["F L" if full < 0.75 * gpu else "L" if lora < 0.75 * gpu else "" for gpu in gpus]
-        assert rows.pop(name) == [f"{full / 16:.3f} B", f"{full:.1f}", f"{lora:.1f}", *fits]
-    assert len(rows) == 2                                                 # the heading and the line under it
+        assert rows[name] == [f"{full / 16:.3f} B", f"{full:.1f}", f"{lora:.1f}", *fits]
+
+
+@pytest.mark.slow
+def test_the_table_of_shards_is_what_the_program_computes():
+    rows = table_of_performance("A model over many GPUs")
+    assert rows.pop("model")[1:] == [f"{what}, {ranks}" for what in ("full", "LoRA") for ranks in (8, 16, 64)]
+    assert rows.keys() - {"---"} == {"Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B", "Llama-3.1-70B"}
+    for name in rows.keys() - {"---"}:
+        expected = []
+        for rank, ranks in itertools.product((0, 16), (8, 16, 64)):
+            settings = train.Settings(lora_rank=rank, shard="all")
+            held, gathered = (n / 1e9 for n in train.training_bytes(published_config(name), settings, torch.bfloat16, ranks))
+            bold = "**" if held + gathered < 0.75 * 80 else ""
+            expected.append(f"{bold}{held:.1f} + {gathered:.1f}{bold}")
+        assert rows[name][1:] == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
