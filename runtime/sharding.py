@@ -11,6 +11,7 @@ last ones may hold fewer, or none.
 """
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -49,11 +50,7 @@ def shard(model, how, dtype, ranks):
     count = ranks_that_share(how, ranks)
     if count == 1:
         return
-    if count == ranks.world:
-        mesh = init_device_mesh(ranks.device.type, (count,))
-    else:
-        # The weights are there once in every row of the mesh.
-        mesh = init_device_mesh(ranks.device.type, (ranks.world // count, count), mesh_dim_names=("copy", "rows"))
+    mesh = mesh_of(ranks.device.type, ranks.world // count, count)
     # Inputs are not cast: the residual stream stays float32.
     as_it_is = MixedPrecisionPolicy(cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -63,6 +60,14 @@ def shard(model, how, dtype, ranks):
     # Let go after each pass like the blocks, or between two of them the model would not have its own parameters.
     fully_shard(model, mesh=mesh, mp_policy=as_it_is, reshard_after_forward=True)
     register_fsdp_forward_method(model, "generate")
+
+
+@functools.cache                                                          # one set of process groups for all models
+def mesh_of(device_type, copies, count):
+    """The ranks: a copy of the weights in each row, if there are several."""
+    if copies == 1:
+        return init_device_mesh(device_type, (count,))
+    return init_device_mesh(device_type, (copies, count), mesh_dim_names=("copies", "rows"))
 
 
 @contextlib.contextmanager
