@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bft
 import hf
-from data import TEMPLATE_HELP, bucket, collate, deal, global_batch, load_samples, parse_templates
+from data import TEMPLATE_HELP, Samples, bucket, collate, deal, global_batch, load_samples, parse_templates
 from experiment import job as default_job
 from model import GPT
 from runtime.checkpoint import checkpoints, resume_from_checkpoint, save_checkpoint
@@ -36,10 +36,11 @@ from runtime.device import autocast, compute_dtype, memory_bytes, peak_memory_gb
 from runtime.files import write_whole
 from runtime.flags import add_flags, check_bounds, flag, spelled
 from runtime.log import append_metrics
+from runtime.node import once_a_node
 from runtime.process import Parser, Stop, UserError, run
 from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
-from runtime.run_directory import begin, check_out, describe
+from runtime.run_directory import begin, check_out, describe, tokens_sha256
 from runtime.sharding import SHARDS, draw_parameters, exchange, gather_whole, is_sharded, ranks_that_share, shard
 from tasks.scoring import score
 
@@ -189,7 +190,7 @@ def finetune(settings, ranks):
         outs = {objective: Path(settings.out) for objective in outs}
     elif (Path(settings.out) / "config.json").exists():
         raise UserError(f"--out {settings.out} holds a run of one objective; name another one for several")
-    records = {objective: describe_run(settings, objective, start.files, samples + validation, ranks)
+    records = {objective: describe_run(settings, objective, start.files, [samples, validation], ranks)
                for objective in outs}
     # All of them are looked at before the first is trained.
     for objective, out in outs.items():
@@ -244,29 +245,36 @@ def scratch_config(settings, tokenizer):
 
 
 def load_sets(settings, start, ranks):
-    """(training samples, validation samples). Raises UserError."""
+    """[training samples, validation samples], data.Samples that each node has once. Raises UserError."""
     limit = start.config.max_positions
     if settings.max_length > limit:
         raise UserError(f"--max-length is {settings.max_length}; expected at most {limit}, where the model's positions "
                         "end (max_position_embeddings in its config.json, or sliding_window if that is smaller)")
-    templates = parse_templates(settings.prompt_template, settings.response_template)
     sets = []
     for paths in (settings.data, settings.val_data):
-        if not paths:
-            sets.append([])
-            continue
         longest = settings.max_length or limit
-        samples, counts = load_samples(paths, start.tokenizer, start.chat_format, longest, templates=templates)
-        ranks.print(f"{' '.join(paths)}: {counts['samples']} samples, chat format {settings.chat_format}; "
-                    f"{counts['cut']} cut at {longest} tokens, {counts['dropped']} dropped for want of a response "
-                    f"token; keys that are not read: {counts['unread']}")
-        for warning in counts["warnings"]:
-            ranks.print(f"warning: {warning}")
-        sets.append(samples)
+        sets.append(once_a_node(ranks, Samples.load, read_set, paths, longest, settings, start, ranks))
     if len(sets[0]) < ranks.world:
         raise UserError(f"{' '.join(settings.data)}: {len(sets[0])} samples for {ranks.world} ranks; expected one for "
                         "each or more")
+    if len(set(ranks.texts(tokens_sha256(*sets)))) > 1:
+        raise UserError(f"{' '.join(settings.data + settings.val_data)}: nodes read different samples; expected the "
+                        "same files on each")
     return sets
+
+
+def read_set(paths, longest, settings, start, ranks):
+    """The samples of these files, none for no file; rank 0 says how many. Raises UserError."""
+    if not paths:
+        return Samples()
+    templates = parse_templates(settings.prompt_template, settings.response_template)
+    samples, counts = load_samples(paths, start.tokenizer, start.chat_format, longest, templates=templates)
+    ranks.print(f"{' '.join(paths)}: {counts['samples']} samples, chat format {settings.chat_format}; "
+                f"{counts['cut']} cut at {longest} tokens, {counts['dropped']} dropped for want of a response "
+                f"token; keys that are not read: {counts['unread']}")
+    for warning in counts["warnings"]:
+        ranks.print(f"warning: {warning}")
+    return samples
 
 
 def files_of_the_model(settings, start, ranks):
@@ -279,9 +287,9 @@ def files_of_the_model(settings, start, ranks):
     return hf.files_beside_model(start.tokenizer, stop, generation, start.chat_format.template)
 
 
-def describe_run(settings, objective, files, samples, ranks):
+def describe_run(settings, objective, files, sets, ranks):
     """What config.json of a run holds; see `runtime.run_directory.describe`."""
-    return describe(settings, objective, files, samples, optimizer_options(settings), ranks.device)
+    return describe(settings, objective, files, sets, optimizer_options(settings), ranks.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +316,7 @@ def train(settings, objective, out, record, config, start, samples, validation, 
     """Trains one objective into the run directory `out`, which `check_out` has looked at; returns that of the model.
 
     record: what `describe_run` says of the run. config, start: the GPTConfig of the starting model, and its directory
-    (None: random weights). samples, validation: data.Sample (validation may be empty). extra_files: {file name: bytes}
+    (None: random weights). samples, validation: data.Samples (validation may be empty). extra_files: {file name: bytes}
     that go with the model.
     """
     total = settings.steps or settings.epochs * math.ceil(len(samples) / settings.batch_size)
@@ -583,7 +591,7 @@ class StepLog:
                        f"{settings.batch_size}, {sum(p.numel() for p in parameters if p.requires_grad) / 1e6:.1f}M of "
                        f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, {ranks.world} x {ranks.device}, "
                        f"{str(dtype).removeprefix('torch.')}")
-        multi_window = np.mean([sample.response.sum() > settings.group_size for sample in samples])
+        multi_window = np.mean(samples.response_lengths > settings.group_size)
         if bft.OBJECTIVES[objective].sample_weight is not bft.every_sample_1 and multi_window < 0.1:
             ranks.once(f"warning: only {multi_window:.0%} of the samples have more than --group-size "
                        f"{settings.group_size} response tokens; for the others the one group is the whole sample")

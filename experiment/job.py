@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data import load_samples, read_jsonl
+from data import Samples, load_samples, read_jsonl
 from experiment.findings import FOLLOWED, NOVEL, analyse
 from experiment.gradient import gradient_items
 from experiment.pictures import plot
@@ -158,7 +158,7 @@ class Training(NamedTuple):
     out: Path
     config: dict                # its config.json
     start: Path | None          # directory of the model that it starts from; None: random weights
-    samples: list               # data.Sample
+    samples: Samples
     questions: list             # choice objects, wrong labels marked; what its model is asked
 
 
@@ -207,7 +207,7 @@ class Job:
             settings = replace(self.settings, seed=seed, lr=lr, init=str(base.out))
             for objective in settings.objective:
                 out = Path(settings.out) / f"seed-{seed}" / f"lr-{lr}" / objective
-                config = self.describe_run(settings, objective, files, samples, self.ranks)
+                config = self.describe_run(settings, objective, files, [samples], self.ranks)
                 check_out(out, config, settings.resume)
                 trainings.append(Training(settings, objective, out, config, base.out / "model", samples, questions))
         return Plan(base, trainings)
@@ -216,7 +216,7 @@ class Job:
         shared = {name: getattr(self.settings, name) for name in SHARED_WITH_BASE}
         settings = type(self.settings)(**BASE, **shared, seed=seed)
         files = {"data": [ASSETS / "pretrain.jsonl"], "tokenizer": [ASSETS / "tokenizer.json"]}
-        config = self.describe_run(settings, "sft", files, self.texts, self.ranks)
+        config = self.describe_run(settings, "sft", files, [self.texts], self.ranks)
         # It is named by all that can change it, our code included.
         of_no_account = WITHOUT_EFFECT | ROUNDING
         matters = {name: value for name, value in config["settings"].items() if name not in of_no_account}

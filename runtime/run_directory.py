@@ -41,10 +41,10 @@ NOT_A_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, Recurs
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run is made of
 
-def describe(settings, objective, files, samples, optimizer, device):
+def describe(settings, objective, files, sets, optimizer, device):
     """What config.json holds: everything that made the run.
 
-    settings: a dataclass. files: {name: [paths]} of what was read. samples: all data.Sample, of validation too.
+    settings: a dataclass. files: {name: [paths]} of what was read. sets: data.Samples, of validation too.
     optimizer: its name and options, as a dict.
     """
     return {"objective": objective,
@@ -57,7 +57,7 @@ def describe(settings, objective, files, samples, optimizer, device):
             "dtype": str(compute_dtype(settings.dtype, device)),
             "world_size": int(os.environ.get("WORLD_SIZE", 1)),
             "threads": torch.get_num_threads(),
-            "sha256": {**{name: sha256(*paths) for name, paths in files.items()}, "tokens": tokens_sha256(samples)}}
+            "sha256": {**{name: sha256(*paths) for name, paths in files.items()}, "tokens": tokens_sha256(*sets)}}
 
 
 def git_commit():
@@ -96,11 +96,23 @@ def sha256(*paths):
     return digests[0] if len(paths) == 1 else digests
 
 
-def tokens_sha256(samples):
-    """Of all that is learned from or validated on, whatever tokenizer, chat format, limit or code made it."""
+@functools.lru_cache(maxsize=1)                                           # objectives share them
+def tokens_sha256(*sets):
+    """Of all that is learned from or validated on, whatever tokenizer, chat format, limit or code made it: the digest
+    of each sample's length and ids as int64, and of its response as a byte a token."""
     digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(np.int64(len(sample.ids)).tobytes() + sample.ids.tobytes() + sample.response.tobytes())
+    for samples in sets:
+        # Many at a time: what is done for each by itself takes longer than the digest.
+        for first in range(0, len(samples), 1000):
+            offsets = samples.offsets[first:first + 1001]
+            tokens = slice(offsets[0], offsets[-1])
+            lengths = np.diff(offsets).tobytes()
+            ids = memoryview(np.array(samples.ids[tokens], dtype=np.int64).tobytes())
+            response = memoryview(samples.response[tokens].tobytes())
+            begin = 0
+            for i, end in enumerate(np.subtract(offsets[1:], offsets[0]).tolist()):
+                digest.update(b"".join((lengths[8 * i:8 * i + 8], ids[8 * begin:8 * end], response[begin:end])))
+                begin = end
     return digest.hexdigest()
 
 

@@ -59,10 +59,10 @@ class Case:
         self.lora_rank = 4 if adapters == "lora" else 0
         self.recompute = recompute == "recompute"
         rng = np.random.RandomState(0)
-        self.samples = []
+        self.samples = data.Samples()
         for tokens, response in SAMPLES:
-            ids = rng.randint(0, self.config.vocab_size, tokens)
-            self.samples.append(data.Sample(ids, np.arange(tokens) >= tokens - response, "here", 0))
+            ids = rng.randint(0, self.config.vocab_size, tokens).tolist()
+            self.samples.append(ids, [False] * (tokens - response) + [True] * response, "here", 0)
         self.validation = self.samples[:3]
 
     def train(self, out, device, steps):
@@ -73,7 +73,7 @@ class Case:
         settings = train.Settings(
             out=str(out), steps=steps, batch_size=len(SAMPLES), micro_tokens=MICRO_TOKENS, group_size=8, lr=1e-3, log_every=STEPS,
             save_every=1, dtype=self.dtype, compile=False, recompute=self.recompute, lora_rank=self.lora_rank)
-        record = train.describe_run(settings, "bft", {}, self.samples, ranks)
+        record = train.describe_run(settings, "bft", {}, [self.samples], ranks)
         gradients = {}
         clip_gradient = train.clip_gradient
 
