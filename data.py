@@ -53,18 +53,19 @@ class Sample(NamedTuple):
 
 
 class Samples:
-    """A list of Sample that keeps no object for each: flat arrays, of 5 bytes a token and 20 a sample.
+    """A list of Sample that keeps no object for each: flat arrays, of 5 bytes a token and 24 a sample.
 
     It has `append` and `len`, and gives a new Sample for each number asked for, a list of them for a slice. Of files
     that `save` wrote, `Samples.load` makes one that is read from there, and cannot grow.
     """
 
-    COLUMNS = ("ids", "response", "offsets", "lines", "labels")
+    COLUMNS = ("ids", "response", "offsets", "counts", "lines", "labels")
 
     def __init__(self):
         self.ids = array("i")            # (T,) int32: the samples' tokens, one sample after the other
         self.response = array("b")       # (T,) int8: 0 or 1
         self.offsets = array("q", [0])   # (S+1,) int64: where each sample begins and ends in the T
+        self.counts = array("i")         # (S,) int32: n_b
         self.lines = array("q")          # (S,) int64
         self.labels = array("i")         # (S,) int32: places in the table
         self.table = []                  # each [what `where` has before the line, group] that there is
@@ -75,6 +76,7 @@ class Samples:
         self.ids.extend(ids)
         self.response.extend(response)
         self.offsets.append(len(self.ids))
+        self.counts.append(sum(response))
         self.lines.append(line)
         label = (where.removesuffix(str(line)), group)
         if label not in self.numbers:
@@ -102,8 +104,8 @@ class Samples:
 
     @property
     def response_lengths(self):
-        """(S,) int64, n_b."""
-        return np.add.reduceat(self.response, self.offsets[:-1], dtype=np.int64)
+        """(S,) int32, likewise."""
+        return np.asarray(self.counts)
 
     def save(self, directory):
         for name in self.COLUMNS:

@@ -1,0 +1,73 @@
+"""What `test_samples` has ranks do.
+
+    nodes ARGUMENT ...        train.py, with each rank in the directory of its number, as if it were a node of its own
+    late                      the first rank makes the samples for longer than gloo waits
+    memory SAMPLES            prints how many bytes of its own each rank has more, once it has looked at all samples
+"""
+
+import os
+import sys
+import time
+from datetime import timedelta
+
+import numpy as np
+import torch.distributed as dist
+
+import train
+from data import Samples
+from runtime.node import once_a_node
+from runtime.process import run
+from runtime.ranks import Ranks
+
+
+def nodes():
+    os.environ["LOCAL_RANK"] = "0"
+    os.chdir(os.environ["RANK"])
+    sys.argv[1:] = sys.argv[2:]
+    train.main()
+
+
+def late():
+    dist.distributed_c10d.default_pg_timeout = timedelta(seconds=2)
+    samples = once_a_node(started(), Samples.load, make_late)
+    assert len(samples) == 9
+
+
+def make_late():
+    time.sleep(5)
+    return make_samples(9)
+
+
+def memory():
+    ranks = started()
+    # What a first exchange needs by itself, is there before.
+    once_a_node(ranks, Samples.load, make_samples, 9)
+    before = own_bytes()
+    samples = once_a_node(ranks, Samples.load, make_samples, int(sys.argv[2]))
+    assert np.asarray(samples.ids).sum() + np.asarray(samples.response).sum() + samples.offsets[-1] > 0
+    # In one piece, or two ranks' lines mix.
+    os.write(1, f"{own_bytes() - before}\n".encode())
+
+
+def started():
+    ranks = Ranks("cpu")
+    ranks.start()
+    return ranks
+
+
+def make_samples(count):
+    """So many samples of 2000 tokens."""
+    samples = Samples()
+    for number in range(1, count + 1):
+        samples.append(list(range(2000)), [False] * 1000 + [True] * 1000, None, number, f"here:{number}")
+    return samples
+
+
+def own_bytes():
+    """What this process has written to, and shares with no other."""
+    with open("/proc/self/smaps_rollup") as f:
+        return 1024 * sum(int(line.split()[1]) for line in f if line.startswith("Private_Dirty:"))
+
+
+if __name__ == "__main__":
+    run({"nodes": nodes, "late": late, "memory": memory}[sys.argv[1]])
