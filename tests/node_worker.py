@@ -1,7 +1,7 @@
 """What `test_samples` has ranks do.
 
     nodes ARGUMENT ...        train.py, with each rank in the directory of its number, as if it were a node of its own
-    late                      the first rank makes the samples for longer than gloo waits
+    late                      the first rank alone makes the samples, for longer than gloo waits; others load them later
     memory SAMPLES            prints how many bytes of its own each rank has more, once it has looked at all samples
 """
 
@@ -29,13 +29,21 @@ def nodes():
 
 def late():
     dist.distributed_c10d.default_pg_timeout = timedelta(seconds=2)
-    samples = once_a_node(started(), Samples.load, make_late)
-    assert len(samples) == 9
+    ranks = started()
+    makers = []
 
+    def make():
+        makers.append(ranks.rank)
+        time.sleep(5)
+        return make_samples(9)
 
-def make_late():
-    time.sleep(5)
-    return make_samples(9)
+    def load(directory):
+        # The files must not be gone yet.
+        time.sleep(ranks.rank)
+        return Samples.load(directory)
+
+    assert len(once_a_node(ranks, load, make)) == 9
+    assert makers == [0] * (ranks.rank == 0)
 
 
 def memory():

@@ -178,7 +178,7 @@ def test_every_node_reads_the_files_and_they_must_be_the_same(rows, words, tmp_p
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_samples_for_as_long_as_it_takes():
+def test_ranks_wait_for_each_other_for_as_long_as_it_takes():
     result = forked(2, WORKER, "late")
     assert result.returncode == 0, result.stderr
 
