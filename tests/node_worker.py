@@ -2,6 +2,7 @@
 
     nodes ARGUMENT ...        train.py, with each rank in the directory of its number, as if it were a node of its own
     late                      the first rank alone makes the samples, for longer than gloo waits; others load them later
+    refused                   a rank makes a mistake: those that know of it say so
     memory SAMPLES            prints how many bytes of its own each rank has more, once it has looked at all samples
 """
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import train
 from data import Samples
 from runtime.node import once_a_node
-from runtime.process import run
+from runtime.process import UserError, run
 from runtime.ranks import Ranks
 
 
@@ -44,6 +45,23 @@ def late():
 
     assert len(once_a_node(ranks, load, make)) == 9
     assert makers == [0] * (ranks.rank == 0)
+
+
+def refused():
+    """Ranks are nodes; the second cannot make what the first can."""
+    os.environ["LOCAL_RANK"] = "0"
+    ranks = started()
+
+    def make():
+        if ranks.rank == 1:
+            raise UserError("no such row")
+        return make_samples(9)
+
+    try:
+        once_a_node(ranks, Samples.load, make)
+    except UserError as e:
+        assert str(e) == "no such row"
+        os.write(1, b"refused\n")
 
 
 def memory():
@@ -78,4 +96,4 @@ def own_bytes():
 
 
 if __name__ == "__main__":
-    run({"nodes": nodes, "late": late, "memory": memory}[sys.argv[1]])
+    run({"nodes": nodes, "late": late, "refused": refused, "memory": memory}[sys.argv[1]])

@@ -12,6 +12,8 @@ from support import ASSETS, ROOT, SMALL, metrics, torchrun
 
 import data
 import hf
+from runtime.node import write
+from runtime.process import UserError
 from runtime.run_directory import tokens_sha256
 
 
@@ -183,9 +185,14 @@ def test_ranks_wait_for_each_other_for_as_long_as_it_takes():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
+def test_a_mistake_on_one_node_is_an_error_on_every_rank():
+    result = forked(2, WORKER, "refused")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "refused\n" * 2
+
+
 def test_what_cannot_be_written_is_one_sentence(tmp_path):
-    from runtime.node import write
-    from runtime.process import UserError
     samples, _ = drawn(3)
     with pytest.raises(UserError, match=r"missing: what the ranks of a node share cannot be written: .*TMPDIR"):
         write(samples, tmp_path / "missing")
