@@ -18,7 +18,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from signal import Signals
 from typing import NamedTuple
 
 import numpy as np
@@ -31,16 +30,16 @@ import hf
 from data import TEMPLATE_HELP, Samples, bucket, collate, deal, global_batch, load_samples, parse_templates
 from experiment import job as default_job
 from model import GPT
-from runtime.checkpoint import checkpoints, resume_from_checkpoint, save_checkpoint
+from runtime.checkpoint import resume_from_checkpoint, save_checkpoint
 from runtime.device import autocast, compute_dtype, memory_bytes, peak_memory_gb
 from runtime.files import write_whole
 from runtime.flags import add_flags, check_bounds, flag, spelled
 from runtime.log import append_metrics
 from runtime.node import once_a_node
-from runtime.process import Parser, Stop, UserError, run
+from runtime.process import Parser, Stop, UserError, leave_after_a_signal, run
 from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
-from runtime.run_directory import begin, check_out, describe, tokens_sha256
+from runtime.run_directory import begin, check_out, describe, is_finished, tokens_sha256
 from runtime.sharding import SHARDS, draw_parameters, exchange, gather_whole, is_sharded, ranks_that_share, shard
 from tasks.scoring import score
 
@@ -374,16 +373,6 @@ def train(settings, objective, out, record, config, start, samples, validation, 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loop calls, in the order in which it does
 
-def is_finished(out, total, resume, ranks):
-    """Whether rank 0 sees that the run is; disks may be slow to agree."""
-    finished = False
-    if ranks.rank == 0 and resume:
-        saved = checkpoints(out)
-        # The default job deletes the checkpoints of what it has trained.
-        finished = (not saved or saved[-1][0] == total) and (out / "model" / "config.json").is_file()
-    return bool(ranks.largest(finished))
-
-
 def prepare_model(config, start, settings, dtype, ranks):
     """The starting model, on each rank what it holds of it. Tensors are read or drawn one at a time."""
     model = model_on_meta(config, settings, dtype)
@@ -541,13 +530,6 @@ def validate(model, samples, step, log, stop):
         logp, count, _ = table.T                                          # (S,) each
         log.add_validation(step, -logp.sum() / count.sum())
     return received
-
-
-def leave_after_a_signal(received, out, step, ranks):
-    if received:
-        ranks.barrier()                                                   # whoever left now would have rank 0 killed
-        ranks.print(f"{out}: {Signals(received).name}; the same command goes on from step {step}")
-        raise SystemExit(128 + received)
 
 
 def save_result(out, model, start, settings, extra_files, ranks):

@@ -118,3 +118,10 @@ class Stop:
         # A peer obeyed the same signal first and is gone, so that an exchange with it failed.
         if self.signal and error and issubclass(error, RuntimeError):
             signal.raise_signal(self.signal)
+
+
+def leave_after_a_signal(received, out, step, ranks):
+    if received:
+        ranks.barrier()                                                   # whoever left now would have rank 0 killed
+        ranks.print(f"{out}: {signal.Signals(received).name}; the same command goes on from step {step}")
+        raise SystemExit(128 + received)

@@ -21,6 +21,7 @@ import numpy as np
 import tiktoken
 import torch
 
+from runtime.checkpoint import checkpoints
 from runtime.device import compute_dtype
 from runtime.files import write_whole
 from runtime.log import read_metrics
@@ -163,6 +164,16 @@ def check_out(out, record, resume):
     if resume and another_run:
         raise UserError(f"--out {out} holds another run ({'; '.join(another_run)}); name another --out, or --no-resume "
                         "to start again over it")
+
+
+def is_finished(out, total, resume, ranks):
+    """Whether rank 0 sees that the run is; disks may be slow to agree."""
+    finished = False
+    if ranks.rank == 0 and resume:
+        saved = checkpoints(out)
+        # The default job deletes the checkpoints of what it has trained.
+        finished = (not saved or saved[-1][0] == total) and (out / "model" / "config.json").is_file()
+    return bool(ranks.largest(finished))
 
 
 def begin(out, record, start, resume, ranks):
