@@ -52,7 +52,7 @@ class GPT(nn.Module):
 
     model(input_ids (T,), lengths, at, targets) -> log-probs (N,) float32 of the response tokens of packed samples:
     lengths is a list of the samples' lengths, at (N,) the positions whose next token is a response token, targets (N,)
-    those tokens. `data.collate` makes all of them.
+    those tokens. `data.collate` makes all of them. Without at: what the head would see of each token, (T, d).
 
     recompute: keep a block's input alone and compute the block again in the backward pass.
     """
@@ -100,6 +100,8 @@ class GPT(nn.Module):
             x = self.trunk(input_ids.flatten(), Packing([input_ids.shape[1]] * len(input_ids), input_ids.device))
             return F.linear(x, self.head).view(*input_ids.shape, -1)      # (B, T, V)
         x = self.trunk(input_ids, Packing(lengths, input_ids.device))     # (T, d)
+        if at is None:
+            return x
         return linear_logprobs(x.index_select(0, at), self.head, targets)  # (N,)
 
     def trunk(self, tokens, packing):
@@ -152,7 +154,7 @@ class GPT(nn.Module):
         input_ids: (B, T), or a list of B prompts of any lengths, each at least one id. Prompts of similar length run
         together; no continuation depends on the others. temperature 0.0 takes the most probable token, above that one
         is drawn from softmax(logits / temperature) by a generator of its own with this seed. stop: ids, any of which
-        ends a continuation; others end after max_new_tokens.
+        ends a continuation; others end after max_new_tokens. Of a sharded model all ranks must ask for the same.
         Raises ValueError if a prompt is empty or would run beyond the positions, and for logits that are no numbers.
         """
         device = self.embed_tokens.weight.device

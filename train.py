@@ -524,7 +524,9 @@ def clip_gradient(trained, largest):
 def validate(model, samples, step, log, stop):
     """Logs the plain NLL of a response token. Returns the signal that cut it short, 0 if none did."""
     settings = log.settings
-    table = score(model, samples, log.dtype, settings.micro_tokens, settings.group_size, lambda: stop.signal)
+    # Ranks stop at the same micro-batch: a sharded model has no forward pass on one of them alone.
+    table = score(model, samples, log.dtype, settings.micro_tokens, settings.group_size,
+                  lambda: log.ranks.largest(stop.signal))
     received = log.ranks.largest(stop.signal)
     if not received:
         logp, count, _ = table.T                                          # (S,) each

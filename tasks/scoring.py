@@ -20,8 +20,8 @@ from runtime.progress import with_progress
 def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256, stopped=lambda: False, label=None):
     """Log-likelihood of each sample's response tokens: (S, 3) float64 numpy: sum of log p, number of tokens, C_b.
 
-    Once stopped() says True the rest is left undone, and what is returned is of no use. label: see `with_progress`.
-    Raises UserError for a model that gives NaN.
+    Once stopped() says True, at the same micro-batch on every rank, the rest is left undone, and what is returned is of
+    no use. label: see `with_progress`. Raises UserError for a model that gives NaN.
     """
     device = next(model.parameters()).device
     table = torch.zeros(len(samples), 3, dtype=torch.float64, device=device)                    # (S, 3)
@@ -63,6 +63,7 @@ def loglikelihood(model, requests, dtype=torch.float32, micro_tokens=8192, label
     my_micro_batches = micro_batches_of_rank([len(ids) for ids in inputs], micro_tokens)
     for micro_batch in with_progress(my_micro_batches, label):
         rows = [inputs[i] for i in micro_batch]
+        packed, lengths = pack(rows, device)
         numbers, at, targets = [], [], []
         end = 0
         for row in rows:
@@ -74,24 +75,33 @@ def loglikelihood(model, requests, dtype=torch.float32, micro_tokens=8192, label
                 targets.extend(continuation)
         ends = itertools.accumulate(len(requests[number].continuation) for number in numbers)
         offsets = torch.tensor([0, *ends])                                                      # (requests + 1,)
-        packed = torch.tensor(list(itertools.chain.from_iterable(rows)), device=device)         # (T,)
-        at = torch.tensor(at, device=device)                                                    # (N,)
-        targets = torch.tensor(targets, device=device)                                          # (N,)
+        at = torch.tensor(at, dtype=torch.int64, device=device)                                 # (N,)
+        targets = torch.tensor(targets, dtype=torch.int64, device=device)                       # (N,)
         with autocast(device, dtype):
-            logp = model(packed, [len(row) for row in rows], at, targets)                       # (N,)
+            logp = model(packed, lengths, at, targets)                                          # (N,)
         table[numbers] = bft.sample_sums(logp, offsets)
     return sum_over_ranks(table)
 
 
-def micro_batches_of_rank(lengths, micro_tokens=8192):
+def pack(rows, device):
+    """(their ids one after the other (T,), their lengths) of rows of ids; of no rows one token, which nobody reads."""
+    rows = rows or [[0]]
+    packed = torch.tensor(list(itertools.chain.from_iterable(rows)), device=device)
+    return packed, [len(row) for row in rows]
+
+
+def micro_batches_of_rank(lengths, micro_tokens=8192, dealt=True):
     """This rank's micro-batches of rows with these lengths: lists of indices.
 
     Micro-batches are formed first and dealt to the ranks then, so that no number depends on how many ranks there are.
+    Every rank gets as many, the last may be empty: a sharded model needs as many forward passes from each. dealt: False
+    if every rank is to have all of them.
     """
     rank, world = 0, 1
-    if dist.is_initialized():
+    if dealt and dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     all_micro_batches, = deal(lengths, 1, micro_tokens)
+    all_micro_batches += [[] for _ in range(-len(all_micro_batches) % world)]
     return all_micro_batches[rank::world]
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 import hf
-from model import Packing
 from runtime.device import autocast
 from runtime.process import UserError
 from runtime.progress import with_progress
+from runtime.sharding import is_sharded
 from tasks.items import warn_of_template
-from tasks.scoring import micro_batches_of_rank, sum_over_ranks
+from tasks.scoring import micro_batches_of_rank, pack, sum_over_ranks
 
 
 NEW_TOKENS = 256                     # of an answer to --prompt
@@ -108,7 +108,10 @@ def write_texts(model, tokenizer, prompts, stop, new_tokens, temperature=0.0, se
     device = next(model.parameters()).device
     # Each id plus 1: zeros are what is not written, or another rank's.
     table = torch.zeros(len(prompts), new_tokens, dtype=torch.int64, device=device)   # (S, new tokens)
-    my_micro_batches = micro_batches_of_rank([len(ids) + new_tokens for ids in prompts])
+    lengths = [len(ids) + new_tokens for ids in prompts]
+    # The ranks of a sharded model gather its weights for each new token, together: every rank writes all answers.
+    dealt = not is_sharded(model)
+    my_micro_batches = [micro_batch for micro_batch in micro_batches_of_rank(lengths, dealt=dealt) if micro_batch]
     with autocast(device, dtype):
         for micro_batch in with_progress(my_micro_batches, label):
             # Each micro-batch has random numbers of its own.
@@ -119,7 +122,8 @@ def write_texts(model, tokenizer, prompts, stop, new_tokens, temperature=0.0, se
                 raise UserError(f"{e}; expected a model that was not ruined") from None
             for i, ids in zip(micro_batch, new):
                 table[i, :len(ids)] = ids + 1
-    return [tokenizer.decode(row[row > 0] - 1) for row in sum_over_ranks(table)]
+    written = sum_over_ranks(table) if dealt else table.cpu().numpy()
+    return [tokenizer.decode(row[row > 0] - 1) for row in written]
 
 
 def warn_of_empty(texts, file, opened, evaluation):
@@ -148,10 +152,9 @@ def embed_self(model, tokenizer, texts, dtype=torch.float32):
     table = torch.zeros(len(texts), model.config.n_embd, dtype=torch.float64, device=device)   # (S, d)
     for micro_batch in micro_batches_of_rank([len(rows[i]) for i in not_empty]):
         numbers = [not_empty[m] for m in micro_batch]
-        lengths = [len(rows[i]) for i in numbers]
-        packed = torch.tensor([token for i in numbers for token in rows[i]], device=device)    # (T,)
+        packed, lengths = pack([rows[i] for i in numbers], device)
         with autocast(device, dtype):
-            states = model.trunk(packed, Packing(lengths, device))                             # (T, d)
+            states = model(packed, lengths)                                                    # (T, d)
         for i, own_states in zip(numbers, states.split(lengths)):
             table[i] = own_states[len(begin):].double().mean(0)
     return sum_over_ranks(table)

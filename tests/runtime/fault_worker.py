@@ -9,7 +9,7 @@ comes in the middle of it, after its backward pass:
     slow             nothing, but every step and every fsync takes a while, so that there is time to be killed in
     sigkill, sigterm, sigint, sighup        the rank gets this signal
     sigint2          it gets this one twice
-    validating       it gets SIGTERM as it begins to validate; STEP counts validations
+    validating       it gets SIGTERM in a validation, before the second micro-batch; STEP counts validations
     raise            the rank has a bug
     full             the disk is full from then on (no file may grow beyond 64 kB, which the system calls by another name)
     sigterm-full     both
@@ -52,10 +52,17 @@ def main():
         return outcome
 
     def cut_short(*args):
+        *others, stopped = args
         validations.append(0)
-        if fault == "validating" and len(validations) == at and int(os.environ.get("RANK", 0)) == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return score(*args)
+        micro_batches = []
+
+        def interrupted():
+            micro_batches.append(0)
+            if fault == "validating" and len(validations) == at and len(micro_batches) == 2 and int(os.environ.get("RANK", 0)) == rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return stopped()
+
+        return score(*others, interrupted)
 
     def draws(logp, offsets, group_size):
         return (logp.exp() * torch.rand(len(logp)) + train.np.random.rand() + train.random.random()) / 3

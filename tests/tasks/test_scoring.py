@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from evaluation_files import log_likelihood, small
-from support import ASSETS, count_compiled_rows
+from forked import forked
+from support import ASSETS, ROOT, SMALL, count_compiled_rows, metrics
 
 import hf
 from data import load_samples
@@ -47,6 +48,18 @@ def test_scoring_can_be_cut_short(tokenizer, samples):
     assert len(calls) == 2
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_a_validation_on_all(tmp_path):
+    """Of a sharded model, at the same micro-batch: none waits for the rows of one that is gone."""
+    lines = (ASSETS / "finetune.jsonl").read_text().splitlines(keepends=True)[::16]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    worker = ROOT / "tests" / "runtime" / "fault_worker.py"
+    done = forked(3, worker, "validating", 1, 1, "--", *SMALL, "--shard", "all", "--data", tmp_path / "data.jsonl", "--val-data", tmp_path / "data.jsonl",
+                  "--micro-tokens", 300, "--out", tmp_path / "out")
+    assert done.returncode == 143, done.stderr
+    assert "Traceback" not in done.stderr and metrics(tmp_path / "out") == []
+
+
 def test_requests_that_read_the_same_share_a_row(tokenizer):
     """Whatever shares one, and whatever is cut at the beginning."""
     model, rows = small(tokenizer, 0, positions=12), []
@@ -78,13 +91,15 @@ def test_ranks_share_the_micro_batches_of_one(monkeypatch):
     one = micro_batches_of_rank(lengths, 10)
     assert sorted(i for micro_batch in one for i in micro_batch) == list(range(24)) and len(one) > 9
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 5)
     shares = []
-    for rank in range(3):
+    for rank in range(5):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         shares.append(micro_batches_of_rank(lengths, 10))
-    assert sorted(micro_batch for share in shares for micro_batch in share) == sorted(one)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    empty = -len(one) % 5
+    assert empty and sorted(micro_batch for share in shares for micro_batch in share) == [[]] * empty + sorted(one)
+    assert len({len(share) for share in shares}) == 1                     # a sharded model needs as many passes from each
+    assert micro_batches_of_rank(lengths, 10, dealt=False) == one
 
 
 def test_numbers_that_are_none_are_refused():
