@@ -5,8 +5,8 @@
     python eval.py RUN [...] --tasks plot --out look
 
 A model is a run of `train.py`, a Hugging Face directory or repository id; a pattern in quotes ('runs/bft-s*') is one
-column of several seeds. `torchrun --nproc_per_node=8 eval.py ...` shares the work. Each task reads the --data file of
-its place:
+column of several seeds. `torchrun --nproc_per_node=8 eval.py ...` shares the work, with `--shard all` the weights too:
+for models that are too large for one GPU. Each task reads the --data file of its place:
 
     nll       samples (any shape of data.py): NLL and perplexity per response token, minimum group confidence
     choice    {"question", "choices", "answer", "context"?, "subject"?}: multiple choice by log-likelihood, asked as
@@ -24,6 +24,7 @@ over the same items, with a paired bootstrap 95% interval, and over seeds where 
 asked, results.unfinished.json has what is scored so far; it stays there if one of them fails.
 """
 
+import gc
 import glob
 import json
 import math
@@ -33,12 +34,16 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 import hf
 from experiment.pictures import plot
+from model import GPT
 from runtime.device import compute_dtype
 from runtime.files import write_whole
 from runtime.process import Parser, UserError, run
 from runtime.ranks import Ranks
+from runtime.sharding import SHARDS, shard
 from tasks import Evaluation, OpenedModel, choice, inspect, nll, process, profile, writing
 from tasks.table import render_notes, render_table
 
@@ -105,13 +110,25 @@ def read_jobs(evaluation):
 def ask_model(opened, jobs, prompt, evaluation):
     """Adds one model's answers to those of the jobs. Only here is a model in memory, one at a time."""
     ranks = evaluation.ranks
-    model = hf.load_weights(opened.directory).cast(evaluation.dtype).to(ranks.device)
+    model = load_model(opened, evaluation)
     if prompt is not None:
         writing.answer_prompt(prompt, model, opened, evaluation)
     for job in jobs:
         start = time.monotonic()
         job.answers[opened.path] = job.task.ask(job.questions, model, opened, evaluation)
         ranks.print(f"{opened.path}: {job.name} of {job.file}, {time.monotonic() - start:.0f} s")
+
+
+def load_model(opened, evaluation):
+    """One model, on each rank what --shard has it hold. Tensors are read one at a time. Raises UserError."""
+    ranks = evaluation.ranks
+    # A sharded model refers to itself: the one before it goes no sooner.
+    gc.collect()
+    with torch.device("meta"):
+        model = GPT(opened.config).cast(evaluation.dtype).requires_grad_(False)
+    shard(model, evaluation.args.shard, evaluation.dtype, ranks)
+    hf.fill_weights(model, opened.directory, ranks.device)
+    return model
 
 
 def conclude(jobs, evaluation):
@@ -213,6 +230,8 @@ def add_flags(parser):
     parser.add_argument("--group-size", type=int, default=256, help="g, in response tokens (default: 256)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
                         help="autocast; auto: bfloat16 where the device has it natively (default: float32)")
+    parser.add_argument("--shard", choices=SHARDS, default="no", help="what ranks share instead of holding all of a "
+                        "model: its rows, over all ranks or within each node (default: no)")
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
 
 

@@ -205,39 +205,89 @@ def test_layouts_chat_and_limit_reach_the_scores(work, monkeypatch, capsys):
     assert [(task["layout"], task["chat"]) for task in one_layout] == [("mmlu", False)] * 2
 
 
-@pytest.mark.slow
-def test_one_rank_and_two_give_the_same(work, tmp_path, monkeypatch, capsys):
-    """Files large enough for several micro-batches: both ranks have work in every task."""
+def on_ranks(ranks, node, how, asked, out):
+    """eval.py on so many ranks, `node` of them on each node: (what it prints, its tasks in results.json, what each rank
+    notes of each model)."""
+    directory, argv = asked
+    out.mkdir()
+    done = forked(ranks, ROOT / "tests" / "eval_worker.py", node, out, *argv, "--shard", how, "--out", out / "r.json", cwd=directory)
+    assert done.returncode == 0, done.stderr
+    notes = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    return done.stdout, json.loads((out / "r.json").read_text())["tasks"], notes
+
+
+@pytest.fixture(scope="module")
+def asked(work, tmp_path_factory):
+    """(directory, arguments of eval.py) that ask two models all there is. Files large enough for several micro-batches:
+    all ranks have work in every task."""
+    directory = tmp_path_factory.mktemp("asked")
     filler = " filler words" * 40
     changes = {"choice": (80, lambda i: {"context": f"{i}{filler}"}), "samples": (120, lambda i: {"prompt": f"{i}{filler}"}),
                "sets": (100, lambda i: {"process": f"p {i}"}), "genes": (100, lambda i: {"gene": f"GENE{i}"})}
     for name, (count, change) in changes.items():
         rows = [json.loads(line) for line in open(work / f"{name}.jsonl")]
-        write(tmp_path / f"{name}.jsonl", [{**rows[i % len(rows)], **change(i)} for i in range(count)])
-    write(tmp_path / "odd.jsonl", [{"gene": f"GENE{i}", "label": i % 2} for i in range(100)])
-    tasks = ["--tasks", "choice", "choice", "nll", "process", "profile", "--layout", "cloze", "mmlu", "--data", "choice.jsonl", "choice.jsonl",
-             "samples.jsonl", "sets.jsonl", "genes.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "12", "--temperature", "1"]
-    argv = [work / "base", work / "bft-s0", *tasks, "--prompt", "Why?", "--device", "cpu", "--out"]
-    monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, *argv, "1.json") == 0
-    done = forked(2, ROOT / "eval.py", *argv, "2.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for out in (capsys.readouterr().out, done.stdout):
-        assert out.count(f"--- {work / 'base'} (own)") == out.count("per-item scores") == 1
-    saved = [json.loads((tmp_path / f"{ranks}.json").read_text())["tasks"] for ranks in (1, 2)]
+        write(directory / f"{name}.jsonl", [{**rows[i % len(rows)], **change(i)} for i in range(count)])
+    write(directory / "odd.jsonl", [{"gene": f"GENE{i}", "label": i % 2} for i in range(100)])
+    tasks = ["--tasks", "choice", "choice", "nll", "process", "profile", "inspect", "--layout", "cloze", "mmlu", "--data", "choice.jsonl", "choice.jsonl",
+             "samples.jsonl", "sets.jsonl", "genes.jsonl", "samples.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "12", "--temperature", "1"]
+    return directory, [work / "base", work / "bft-s0", *tasks, "--prompt", "Why?", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def one_process(asked, tmp_path_factory):
+    return on_ranks(1, 1, "all", asked, tmp_path_factory.mktemp("one") / "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, ranks, node", [("no", 2, 2), ("all", 2, 2), ("all", 3, 3), ("node", 4, 2)])
+def test_one_rank_and_several_give_the_same(how, ranks, node, work, asked, one_process, tmp_path):
+    """Sharded or not. Ranks that share a model hold what they should, no model when the next is read, and call it as often;
+    one of them has fewer micro-batches than the others."""
+    output, one, _ = one_process
+    output_of_several, several, notes = on_ranks(ranks, node, how, asked, tmp_path / "out")
+    for text in (output, output_of_several):
+        assert text.count(f"--- {work / 'base'} (own)") == text.count("per-item scores") == 1
+        assert [part.split(": choice of")[0] for part in text.split("--- ")] == [part.split(": choice of")[0] for part in output.split("--- ")]
     compared = 0
-    for one, two in zip(*saved, strict=True):
-        for path, items in one["items"].items():
-            for x, y in zip(items, two["items"][path], strict=True):
-                assert list(x) == list(y)
-                for key in x:
-                    same = x[key] == y[key] if isinstance(x[key], (str, int)) or x[key] is None else y[key] == pytest.approx(x[key], abs=1e-5)
-                    assert same, (one["task"], key)
-                    compared += 1
-        for x, y in zip(one["rows"], two["rows"], strict=True):
-            assert (x["pairs"] == []) == (x["measure"] == "cosine self")  # each in a space of its own
-            assert [c["value"] for c in y["models"].values()] == pytest.approx([c["value"] for c in x["models"].values()], abs=1e-5)
+    for x, y in zip(one, several, strict=True):
+        compared += assert_equal_but_rounding(x["items"], y["items"])
+        for row, other in zip(x["rows"], y["rows"], strict=True):
+            assert (row["pairs"] == []) == (row["measure"] == "cosine self")  # each in a space of its own
+            assert_equal_but_rounding([cell["value"] for cell in row["models"].values()], [cell["value"] for cell in other["models"].values()])
     assert compared > 1000
+    share = {"no": 1, "all": ranks, "node": node}[how]
+    whole = sum(p.nbytes for p in hf.load_model(work / "base").parameters())
+    for of_ranks in zip(*notes, strict=True):
+        assert all(note["held"] <= 1.01 * whole / share and note["before"] == 0 for note in of_ranks)
+        assert how == "no" or len({note["passes"] for note in of_ranks}) == 1
+        assert any(note["empty"] for note in of_ranks)
+
+
+def assert_equal_but_rounding(a, b):
+    """Of what JSON holds; returns how many values it has."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        return sum(assert_equal_but_rounding(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return sum(assert_equal_but_rounding(x, y) for x, y in zip(a, b, strict=True))
+    assert b == (pytest.approx(a, rel=1e-6, abs=1e-9) if isinstance(a, float) else a)
+    return 1
+
+
+@pytest.mark.slow
+def test_a_sharded_model_has_the_dtypes_of_a_whole_one(work, tmp_path, monkeypatch, capsys):
+    """Matrices in bfloat16 beside norms in float32. In one process there is nothing to share."""
+    argv = [work / "base", "--prompt", "Why?", "--dtype", "bfloat16", "--shard", "all", "--max-new-tokens", "30", "--device", "cpu"]
+    done = forked(2, ROOT / "eval.py", *argv, cwd=tmp_path)
+    assert call(monkeypatch, *argv) == 0
+    assert done.returncode == 0 and done.stdout == capsys.readouterr().out != "", done.stderr
+
+
+@pytest.mark.slow
+def test_nodes_of_different_sizes_share_no_model(work, tmp_path):
+    done = forked(3, ROOT / "tests" / "eval_worker.py", 2, tmp_path, work / "base", "--prompt", "Why?", "--shard", "node", "--device", "cpu")
+    assert done.returncode == 2 and done.stderr == "error: --shard node: 3 ranks, 2 of them on this node; expected as many on each\n"
 
 
 @pytest.mark.slow
@@ -341,7 +391,7 @@ def test_mistakes_are_one_sentence(argv, words, mistakes, monkeypatch, capsys):
 def test_mistakes_are_found_before_any_model_is_read(work, argv, words, monkeypatch, capsys):
     monkeypatch.chdir(work)
     write(work / "one.jsonl", SETS[:1])
-    monkeypatch.setattr(hf, "load_weights", None)
+    monkeypatch.setattr(hf, "fill_weights", None)
     assert call(monkeypatch, "base", "--out", "none.json", "--tasks", *argv) == 2
     assert words in capsys.readouterr().err and not (work / "none.json").exists()
 
@@ -383,14 +433,14 @@ def test_what_is_scored_is_kept_when_a_later_model_fails(work, monkeypatch, caps
     whole = evaluate(monkeypatch, work, *argv)
     before = (work / "r.json").read_bytes()
     capsys.readouterr()
-    real = hf.load_weights
+    real = hf.fill_weights
 
-    def failing(directory):
+    def failing(model, directory, device):
         if directory.name == "bft-s1":
             raise UserError("this model is damaged")
-        return real(directory)
+        real(model, directory, device)
 
-    monkeypatch.setattr(hf, "load_weights", failing)
+    monkeypatch.setattr(hf, "fill_weights", failing)
     assert call(monkeypatch, *argv, "--out", "r.json") == 2
     error = capsys.readouterr().err
     assert error == "what was scored before this is in r.unfinished.json\nerror: this model is damaged\n"
@@ -401,25 +451,25 @@ def test_what_is_scored_is_kept_when_a_later_model_fails(work, monkeypatch, caps
         assert (one["task"], one["data"], one["rows"]) == (two["task"], two["data"], [])
         assert one["items"] == {path: two["items"][path] for path in ("base", "bft-s0")}
     # One that fails before anything is scored says nothing, and leaves what another left.
-    monkeypatch.setattr(hf, "load_weights", lambda directory: failing(directory.with_name("bft-s1")))
+    monkeypatch.setattr(hf, "fill_weights", lambda model, directory, device: failing(model, directory.with_name("bft-s1"), device))
     assert call(monkeypatch, *argv, "--out", "r.json") == 2
     assert capsys.readouterr().err == "error: this model is damaged\n"
     assert json.loads((work / "r.unfinished.json").read_text()) == saved
-    monkeypatch.setattr(hf, "load_weights", real)
+    monkeypatch.setattr(hf, "fill_weights", real)
     assert evaluate(monkeypatch, work, *argv) == whole
     assert not (work / "r.unfinished.json").exists()
 
 
 def test_scores_are_on_the_disk_before_the_next_model_is_loaded(work, monkeypatch):
     """And still there while the table is made."""
-    real, seen = hf.load_weights, []
+    real, seen = hf.fill_weights, []
 
-    def looking(directory):
+    def looking(model, directory, device):
         path = work / "r.unfinished.json"
         seen.append([list(task["items"]) for task in json.loads(path.read_text())["tasks"]] if path.exists() else None)
-        return real(directory)
+        real(model, directory, device)
 
-    monkeypatch.setattr(hf, "load_weights", looking)
+    monkeypatch.setattr(hf, "fill_weights", looking)
     monkeypatch.setattr(evaluation, "print_tables", lambda _: seen.append((work / "r.json").exists()))
     for name in ("r.json", "r.unfinished.json"):
         (work / name).unlink(missing_ok=True)
