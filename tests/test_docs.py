@@ -34,12 +34,13 @@ MODULES = ("bft", "data", "eval", "model", "train", "hf", "runtime", "tasks", "e
 
 # Flags of other people's programs.
 FOREIGN_FLAGS = {
-    "torchrun": {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts", "--standalone",
+    "torchrun": {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max_restarts", "--standalone",
                  "--shutdown-timeout"},
     "pip": {"--user", "-r", "-e", "-q", "-U"},
     "pytest": {"--durations", "--dist", "-n", "-m", "-q", "-k", "-x", "-rs", "-p"},
     "git": {"--depth", "-C"},
     "ruff": {"--fix"},
+    "sbatch": {"--signal"},
 }
 # Paths that are none of the repository's: what runs write, what models and users have, and placeholders.
 OTHER_PATHS = re.compile(r"""
@@ -201,7 +202,7 @@ def simple_commands(line):
             if command and command[0] not in ("for", "done", "export", "cd"):
                 yield command
             command = []
-        elif command or not (word == "do" or re.match(r"\w+=", word)):
+        elif command or not (word in ("do", "srun") or re.match(r"\w+=", word)):
             command.append(word)
 
 
