@@ -1,81 +1,237 @@
-"""Checkpoints: what a run needs to go on after a step. checkpoint/step-N.pt has the weights that are trained and the
-optimizer's state; read with weights_only=True."""
+"""Checkpoints: what a run needs to go on after a step, on any number of ranks.
 
+    checkpoint/step-N/
+        shard-00001-of-00003.safetensors    rows of every trained parameter ("model.NAME") and of its optimizer state
+                                            ("exp_avg.NAME", ...): a file of each rank that holds some, in their order
+        state.json                          written last: the step, the files' checksums, the parameters' shapes and
+                                            dtypes, the optimizer's options and its numbers (AdamW's `step`)
+
+A checkpoint is written as step-N.tmp, which becomes step-N when all of it is on the disk.
+"""
+
+import collections
+import hashlib
+import json
 import os
 import re
-import zipfile
+import shutil
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from runtime.files import replacing
+from runtime.files import (
+    file_sha256,
+    iterate_safetensors,
+    safetensors_layout,
+    save_safetensors,
+    sync_directory,
+    write_whole,
+)
 from runtime.process import UserError
+from runtime.sharding import as_rows_of, local, rows_of
 
 
 def checkpoints(out):
     """[(step, path)], the newest last. Raises OSError where the directory cannot be read: that is not having none."""
     names = os.listdir(out / "checkpoint") if (out / "checkpoint").exists() else []
-    matches = (re.fullmatch(r"step-([0-9]+)\.pt", name) for name in names)
+    matches = (re.fullmatch(r"step-([1-9][0-9]*)", name) for name in names)
     return sorted((int(match[1]), out / "checkpoint" / match[0]) for match in matches if match)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
 def save_checkpoint(out, step, trained, optimizer, keep, ranks):
-    """Whole or not at all, then the ones before the last `keep` go. trained: {name: parameter}."""
+    """Whole or not at all, then the ones before the last `keep` go. trained: {name: parameter}.
+
+    Every rank calls this, and writes what it holds. Raises OSError, naming the file, on the first of those that could
+    not; the others wait for it to end the run.
+    """
+    path = out / "checkpoint" / f"step-{step}"
+    unfinished = renamed(path, "tmp")
+    failure, written = None, {}
+    try:
+        written = write_my_rows(unfinished, trained, optimizer, ranks)
+    except OSError as e:
+        failure = e
+    written_by_rank = [json.loads(text) for text in ranks.texts(json.dumps(None if failure else written))]
+    if None in written_by_rank:
+        give_up(unfinished, failure, written_by_rank.index(None), ranks)
     if ranks.rank > 0:
         return
-    with replacing(out / "checkpoint" / f"step-{step}.pt") as f:
-        torch.save({"step": step, "model": {name: p.detach() for name, p in trained.items()},
-                    "optimizer": optimizer.state_dict()}, f)
+    files = {name: digest for written in written_by_rank for name, digest in written.items()}
+    try:
+        write_state(unfinished, step, files, trained, optimizer)
+        unfinished.replace(path)
+        sync_directory(path.parent)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     for _, old in checkpoints(out)[:-keep]:
-        old.unlink()
+        # A kill in the middle leaves nothing that looks whole.
+        shutil.rmtree(old.replace(renamed(old, "tmp")))
 
+
+def renamed(path, suffix):
+    return path.with_name(f"{path.name}.{suffix}")
+
+
+def write_my_rows(directory, trained, optimizer, ranks):
+    """Writes the rows that this rank holds. Returns {file name: sha256}; nothing where another rank has them too, and
+    writes them."""
+    copy, index, count = ranks.rank, 0, 1
+    any_parameter = next(iter(trained.values()))
+    if isinstance(any_parameter, DTensor):
+        mesh = any_parameter.device_mesh
+        *copies, index = mesh.get_coordinate()
+        copy, count = sum(copies), mesh.size(-1)
+    if copy > 0:
+        return {}
+    tensors = {f"model.{name}": local(p.detach()) for name, p in trained.items()}
+    for key, value in optimizer_state(trained, optimizer):
+        if value.dim() > 0:
+            tensors[key] = local(value)
+    directory.mkdir(exist_ok=True)                                        # the first who comes
+    path = directory / f"shard-{index + 1:05d}-of-{count:05d}.safetensors"
+    save_safetensors(tensors, path)
+    return {path.name: file_sha256(path)}
+
+
+def give_up(unfinished, failure, rank, ranks):
+    """Ends the run with what `rank` failed with."""
+    if ranks.rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)                     # a full disk has room again
+    ranks.barrier()
+    if ranks.rank == rank:
+        raise failure
+    # Nobody else comes: that rank leaves, and this one ends as any does that lost its peer.
+    ranks.barrier()
+
+
+def optimizer_state(trained, optimizer):
+    """Yields ("exp_avg.NAME", tensor), ..., of all parameters."""
+    for name, p in trained.items():
+        for kind, value in optimizer.state.get(p, {}).items():
+            yield f"{kind}.{name}", value
+
+
+def write_state(directory, step, files, trained, optimizer):
+    """Writes state.json, by which a checkpoint is whole. files: {file name: sha256}."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    numbers = {key: value.item() for key, value in optimizer_state(trained, optimizer) if value.dim() == 0}
+    state = {"step": step, "files": files, "parameters": shapes(trained), "groups": groups, "numbers": numbers}
+    write_whole(directory / "state.json", [sealed(state)])
+
+
+def shapes(trained):
+    return {name: [*p.shape, str(p.dtype)] for name, p in trained.items()}
+
+
+def sealed(state):
+    """The bytes of state.json: with a checksum of the rest."""
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**state, "sha256": digest}, sort_keys=True).encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
 
 def resume_from_checkpoint(out, trained, optimizer, resume, ranks):
-    """Gives the parameters {name: parameter} and the optimizer what they had at the newest checkpoint that can be read.
-    Returns its step, the same on every rank; 0 if there is none, or without resume.
+    """Gives the parameters {name: parameter} and the optimizer what they had at the newest checkpoint that is whole.
+    Returns its step, the same on every rank; 0 if there is none, or without resume. Damaged ones are renamed. Raises
+    UserError if all are.
 
     When it returns, every rank has looked: from then on rank 0 may write.
     """
-    start = ranks.largest(load_newest(out, trained, optimizer) if resume and ranks.rank == 0 else 0)
-    if start and ranks.rank > 0:
-        load_checkpoint(start, out / "checkpoint" / f"step-{start}.pt", trained, optimizer)
+    # Disks may be slow to agree: rank 0 sees for all.
+    steps = [step for step, _ in checkpoints(out)] if resume and ranks.rank == 0 else []
+    start, damaged = 0, {}
+    for step in reversed(json.loads(ranks.texts(json.dumps(steps))[0])):
+        path = out / "checkpoint" / f"step-{step}"
+        reasons = [reason for reason in ranks.texts(why_damaged(path, step, trained, ranks)) if reason]
+        if not reasons:
+            load_checkpoint(path, trained, optimizer)
+            start = step
+            break
+        damaged[path] = reasons[0]
+    if damaged and not start:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+        raise UserError(f"no checkpoint of {out} can be loaded ({reasons}); --no-resume starts again over it")
+    for path, reason in damaged.items():
+        aside = renamed(path, "damaged")
+        ranks.print(f"warning: {path} cannot be loaded ({reason}), so this goes on from step {start}; it is now called "
+                    f"{aside.name}")
+        if ranks.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)                      # an earlier one
+            path.replace(aside)
     ranks.barrier()
     return start
 
 
-def load_newest(out, trained, optimizer):
-    """Loads the newest checkpoint that can be; those that cannot be are renamed. Returns its step, 0 if there are none.
-    Raises UserError if none of them can be loaded. Called by rank 0."""
-    damaged = []
-    for step, path in reversed(checkpoints(out)):
-        try:
-            load_checkpoint(step, path, trained, optimizer)
-        except Exception as e:                                            # whatever a damaged file leads to
-            damaged.append((path, " ".join(f"{type(e).__name__}: {e}".split())[:200]))
-            continue
-        for other, why in damaged:
-            print(f"warning: {other} cannot be loaded ({why}), so this goes on from step {step}; it is now called "
-                  f"{other.name}.damaged", flush=True)
-            os.replace(other, f"{other}.damaged")
-        return step
-    if damaged:
-        reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged)
-        raise UserError(f"no checkpoint of {out} can be loaded ({reasons}); --no-resume starts again over it")
-    return 0
+def why_damaged(path, step, trained, ranks):
+    """Why this checkpoint cannot be loaded, "" if nothing is seen. Each rank looks at state.json, and at its part of
+    the other files."""
+    try:
+        state = read_state(path)
+        if state["step"] != step or state["parameters"] != shapes(trained):
+            raise ValueError("it is of another step or another model")
+        misfits = set(os.listdir(path)) ^ {*state["files"], "state.json"}
+        if misfits:
+            raise ValueError(f"missing or unexpected: {', '.join(sorted(misfits))}")
+        for name in sorted(state["files"])[ranks.rank::ranks.world]:
+            if file_sha256(path / name) != state["files"][name]:
+                raise ValueError(f"{name} is damaged")
+    except Exception as e:                                                # whatever a damaged file leads to
+        return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+    return ""
 
 
-def load_checkpoint(step, path, trained, optimizer):
-    """Gives the parameters and the optimizer what they had at that step. Raises an exception of any kind if the file is
-    damaged, or another model's."""
-    with zipfile.ZipFile(path) as archive:                                # torch reads what a disk garbled as it is
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} is damaged")
-    # A GPU may have no room for it twice; and ranks that only copy from it can share the file's pages.
-    on_gpu = any(p.is_cuda for p in trained.values())
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=on_gpu)
-    shapes = {name: (p.shape, p.dtype) for name, p in trained.items()}
-    if state["step"] != step or {name: (p.shape, p.dtype) for name, p in state["model"].items()} != shapes:
-        raise ValueError("it is of another step or another model")
-    optimizer.load_state_dict(state["optimizer"])
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(state["model"][name])
+def read_state(path):
+    """What `write_state` wrote. Raises an exception of any kind if it is not that, to the byte."""
+    text = (path / "state.json").read_bytes()
+    state = json.loads(text)
+    state.pop("sha256")
+    if sealed(state) != text:
+        raise ValueError("state.json is damaged")
+    return state
+
+
+def load_checkpoint(path, trained, optimizer):
+    """Gives the parameters and the optimizer what a whole checkpoint has: the rows that this rank holds."""
+    saved = read_state(path)
+    state = {name: {} for name in trained}
+    for key, number in saved["numbers"].items():
+        kind, name = key.split(".", 1)
+        state[name][kind] = torch.tensor(number)
+    for key, rows in read_my_rows([path / file for file in sorted(saved["files"])], trained).items():
+        kind, name = key.split(".", 1)
+        if kind != "model":
+            state[name][kind] = as_rows_of(trained[name], rows, rows.device)
+    names = {p: name for name, p in trained.items()}
+    groups = []
+    for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
+        groups.append({**options, "params": [names[p] for p in group["params"]]})
+    # Where torch has numbers, names stand for parameters: any key will do.
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def read_my_rows(files, trained):
+    """{key: the rows that this rank holds}, of files that one after another hold all rows. The parameters' are their
+    own memory. No more is held than these and what a file has of one of them."""
+    mine = {f"model.{name}": local(p.detach()) for name, p in trained.items()}
+    seen, filled = collections.Counter(), collections.Counter()           # rows: of all, of mine
+    for file in files:
+        with open(file, "rb") as f:
+            layout = safetensors_layout(f)
+        wanted = {}
+        for key, dtype, (count, *_) in layout:
+            p = trained[key.split(".", 1)[1]]
+            if key not in mine:
+                mine[key] = torch.empty_like(local(p.detach()), dtype=dtype)
+            wanted[key] = [min(max(row - seen[key], 0), count) for row in rows_of(p)]
+            seen[key] += count
+        for key, rows in iterate_safetensors(file, rows=wanted):
+            begin, end = filled[key], filled[key] + len(rows)
+            mine[key][begin:end] = rows
+            filled[key] = end
+    return mine

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and safetensors."""
 
 import contextlib
+import hashlib
 import json
 import math
 import mmap
@@ -24,9 +25,8 @@ def replacing(path):
         sync_directory(temporary.parent)
     except BaseException as e:
         temporary.unlink(missing_ok=True)                                 # a full disk has room again
-        cause = e if isinstance(e, OSError) else e.__context__            # torch.save puts an error of its own on top
-        if isinstance(e, Exception) and isinstance(cause, OSError):
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        if isinstance(e, OSError):
+            raise OSError(e.errno, e.strerror, str(path)) from None
         raise
 
 
@@ -43,6 +43,11 @@ def write_whole(path, chunks):
     """Writes an iterable of bytes to path, whole or not at all: see `replacing`."""
     with replacing(path) as f:
         f.writelines(chunks)
+
+
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,18 +87,26 @@ def load_safetensors(path):
     return dict(iterate_safetensors(path))
 
 
-def iterate_safetensors(path, names=None):
+def iterate_safetensors(path, names=None, rows=None):
     """Yields (name, CPU tensor) in the file's order, holding one at a time. names: only these, those that it has.
-    Raises as `load_safetensors`."""
+    rows: {name: (first, one past the last)}, of these no more than these rows. Raises as `load_safetensors`."""
     with open(path, "rb") as f:
         for name, dtype, shape in safetensors_layout(f):
             size = math.prod(shape) * dtype.itemsize
+            end = f.tell() + size
             if names is not None and name not in names:
-                f.seek(size, os.SEEK_CUR)
+                f.seek(end)
                 continue
+            if rows and name in rows:
+                first, stop = rows[name]
+                row_size = math.prod(shape[1:]) * dtype.itemsize
+                f.seek(first * row_size, os.SEEK_CUR)
+                size = (stop - first) * row_size
+                shape = [stop - first, *shape[1:]]
             pages = own_pages(size)
             f.readinto(memoryview(pages)[:size])
             yield name, torch.frombuffer(pages, dtype=torch.uint8)[:size].view(dtype).view(shape)
+            f.seek(end)
 
 
 def safetensors_layout(f):
@@ -133,8 +146,7 @@ def read_header(f):
 def own_pages(size):
     """Memory of this many bytes that goes back to the system at once when the tensor in it goes.
 
-    The holes that malloc keeps cost GPT-2, whose matrices we transpose, a quarter of its size. Not a byte more than
-    asked for: torch would save it with the tensor, and then not load it.
+    The holes that malloc keeps cost GPT-2, whose matrices we transpose, a quarter of its size.
     """
     if hasattr(mmap, "MAP_ANONYMOUS"):
         return mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -2,7 +2,7 @@
 
     config.json               every setting, the optimizer, git commit, package versions, device, data hashes
     metrics.jsonl             a line a step
-    checkpoint/step-N.pt      weights that are trained, and the optimizer's state
+    checkpoint/step-N/        weights that are trained, and the optimizer's state
     model/                    the result as a Hugging Face directory
     tensorboard/, wandb/      what --report wrote
 """
@@ -23,7 +23,7 @@ import torch
 
 from runtime.checkpoint import checkpoints
 from runtime.device import compute_dtype
-from runtime.files import write_whole
+from runtime.files import file_sha256, write_whole
 from runtime.log import read_metrics
 from runtime.process import UserError
 
@@ -90,10 +90,7 @@ def device_name(device):
 @functools.cache                                                          # weights are large; several runs share them
 def sha256(*paths):
     """The digest of a file, or a list of those of several."""
-    digests = []
-    for path in paths:
-        with open(path, "rb") as f:
-            digests.append(hashlib.file_digest(f, "sha256").hexdigest())
+    digests = [file_sha256(path) for path in paths]
     return digests[0] if len(paths) == 1 else digests
 
 
@@ -196,7 +193,7 @@ def begin(out, record, start, resume, ranks):
         write_whole(out / "config.json", [json.dumps(record, indent=2).encode()])   # first: by it a run is known
         (out / "checkpoint").mkdir(exist_ok=True)
         for unfinished in (out / "checkpoint").glob("*.tmp"):             # of a run that was killed while it wrote
-            unfinished.unlink()
+            shutil.rmtree(unfinished)
         write_whole(out / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
     return bool(ranks.largest(any("val_nll" in line for line in lines if line["step"] == start)))
 
