@@ -34,10 +34,11 @@ import hf.weights
 import train
 from model import GPT
 from runtime import run_directory
-from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint import resume_from_checkpoint, save_checkpoint
 from runtime.files import load_safetensors
 from runtime.process import UserError
 from runtime.process import run as run_command
+from runtime.ranks import Ranks
 
 
 SECONDS, MEMORY = 20, 2 * 2 ** 30                                         # of one input; of all of them together
@@ -226,15 +227,15 @@ def directory_of_a_model(directory, rng, made):
 
 def checkpoint(directory, rng, made):
     """What is loaded is what was saved, weights and moments, to the bit."""
-    raw, saved = made["checkpoint"]
-    path, net = directory / "step-3.pt", tiny(seed=1, vocab_size=len(SPECIAL))   # another start than the saved one's
-    path.write_bytes(spoil_bytes(raw, rng))
+    source, saved = made["checkpoint"]
+    shutil.copytree(source, directory / "checkpoint")
+    spoil_file(rng.choice(sorted(directory.rglob("step-3/*"))), rng)
+    net = tiny(seed=1, vocab_size=len(SPECIAL))                           # another start than the saved one's
     trained, optimizer = dict(net.named_parameters()), torch.optim.AdamW(net.parameters())
-    try:
-        load_checkpoint(3, path, trained, optimizer)
-    except Exception:                                                     # load_newest catches and reports any
+    step, error = refusal(lambda: resume_from_checkpoint(directory, trained, optimizer, True, Ranks("cpu")), directory, UserError)
+    if error:
         return "refused"
-    assert all(torch.equal(t, u) for t, u in zip(tensors(trained, optimizer), saved, strict=True))
+    assert step == 3 and all(torch.equal(t, u) for t, u in zip(tensors(trained, optimizer), saved, strict=True))
     return "loaded"
 
 
@@ -297,18 +298,17 @@ def make(directory):
     optimizer = torch.optim.AdamW(net.parameters())
     net(torch.zeros(1, 5, dtype=torch.int64)).sum().backward()
     optimizer.step()
-    path = directory / "checkpoint" / "step-3.pt"
-    path.parent.mkdir()
-    save_checkpoint(directory, 3, dict(net.named_parameters()), optimizer, 1)
+    (directory / "checkpoint").mkdir()
+    save_checkpoint(directory, 3, dict(net.named_parameters()), optimizer, 1, Ranks("cpu"))
     run = made["run"] = directory / "run"
     shutil.copytree(made["models"] / "llama", run / "base")
     (run / "data.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS))
     assert train_in(run)[0] == 0
     made["result"] = (run / "out" / "model" / "model.safetensors").read_bytes()
     made["contents"] = json.loads((run / "out" / "config.json").read_text())["sha256"]
-    (run / "out" / "checkpoint" / "step-4.pt").unlink()                   # it is to go on from step 2
+    shutil.rmtree(run / "out" / "checkpoint" / "step-4")                  # it is to go on from step 2
     shutil.rmtree(run / "out" / "model")
-    return {**made, "checkpoint": (path.read_bytes(), tensors(dict(net.named_parameters()), optimizer))}
+    return {**made, "checkpoint": (directory / "checkpoint", tensors(dict(net.named_parameters()), optimizer))}
 
 
 TARGETS = {"jsonl": jsonl, "tokenizer": tokenizer, "model": directory_of_a_model, "checkpoint": checkpoint, "run": whole_run}

@@ -81,16 +81,15 @@ def unexpected_packages(source, local=()):
 
 
 def risky_lines(source):
-    """What must not be in a source: pickles, shells, and torch.load without weights_only=True."""
+    """What must not be in a source: pickles, torch's among them, and shells."""
     lines = [found.line for found in imports(source) if found.package in ("pickle", "dill", "cloudpickle", "shelve")]
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        is_torch_load = ast.unparse(node.func) == "torch.load"
-        if is_torch_load and keywords.get("weights_only") != "True" or keywords.get("shell", "False") != "False":
+        if keywords.get("shell", "False") != "False":
             lines.append(node.lineno)
-        if ast.unparse(node.func) in ("eval", "exec", "os.system", "os.popen"):
+        if ast.unparse(node.func) in ("torch.load", "torch.save", "eval", "exec", "os.system", "os.popen"):
             lines.append(node.lineno)
     return lines
 
@@ -160,7 +159,8 @@ def test_nothing_runs_what_others_wrote():
     (unexpected_packages, "class A:\n    import sklearn"),
     (risky_lines, "import pickle"),
     (risky_lines, "torch.load(path)"),
-    (risky_lines, "torch.load(path, weights_only=flag)"),
+    (risky_lines, "torch.load(path, weights_only=True)"),
+    (risky_lines, "torch.save(model.state_dict(), path)"),
     (risky_lines, "subprocess.run(words, shell=True)"),
     (risky_lines, "eval(text)"),
 ])
@@ -171,7 +171,7 @@ def test_what_is_wrong_is_found(check, source):
 @pytest.mark.parametrize("check, source", [
     (lambda source: wrong_arrows("tasks", source), "from tasks.items import load_items\nimport bft"),
     (unexpected_packages, "def f():\n    from sklearn.linear_model import LogisticRegression"),
-    (risky_lines, "torch.load(path, map_location='cpu', weights_only=True)\nmodel.eval()"),
+    (risky_lines, "load_safetensors(path)\nmodel.eval()"),
 ])
 def test_what_is_right_is_not(check, source):
     assert check(source) == []

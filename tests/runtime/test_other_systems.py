@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shutil
 import signal
 import sys
 
@@ -36,7 +37,7 @@ def test_a_run_is_trained_saved_and_resumed(windows, tmp_path, monkeypatch):
         assert metrics(out, timings=True)[-1]["memory_gb"] is None        # nobody says how much it is
         whole = metrics(out)
         (out / "model" / "config.json").unlink()
-        checkpoints(out)[-1][1].unlink()
+        shutil.rmtree(checkpoints(out)[-1][1])
         assert call(monkeypatch, *argv, *init, "--out", out) == 0
         assert metrics(out) == whole and len(whole) == 4 and (out / "model" / "config.json").exists()
 
