@@ -5,15 +5,15 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
-import zipfile
 from pathlib import Path
 
 import kill
 import pytest
 import torch
-from kill import KINDS, assert_same, finish, finish_launched
+from kill import assert_same, contents, finish, finish_launched
 from support import call, metrics
 from tokenizer_files import assets_with
 
@@ -21,6 +21,7 @@ import hf
 import train
 from runtime import run_directory
 from runtime.checkpoint import checkpoints
+from runtime.files import load_safetensors, save_safetensors
 from runtime.process import run
 
 
@@ -49,6 +50,12 @@ def three(directory):
     return kill.unbroken("three ranks", directory)
 
 
+@pytest.fixture
+def sharded(directory):
+    """On three ranks, each of which holds its rows."""
+    return kill.unbroken("three sharded ranks", directory)
+
+
 def steps_saved(out):
     return [step for step, _ in checkpoints(out)]
 
@@ -61,11 +68,13 @@ def errors(output):
 # Invariant 2
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, seed", list(zip(KINDS, (22, 28, 12))))
-def test_a_killed_run_ends_as_if_nothing_had_been(kind, seed, directory):
-    """One process while it saves step 6, adapters some time after step 5, one of three ranks some time after step 9."""
+@pytest.mark.parametrize("kind, seed, saving, one_rank", [("one process", 22, True, False), ("adapters", 28, False, False), ("three ranks", 12, False, True),
+                                                          ("three sharded ranks", 9, True, True)])
+def test_a_killed_run_ends_as_if_nothing_had_been(kind, seed, saving, one_rank, directory):
+    """One process while it saves step 6, adapters some time after step 5, one of three ranks some time after step 9, one of three that hold their rows
+    while it saves."""
     done = kill.kill_once(kind, directory, random.Random(seed))
-    assert ("saving" in done) == (kind == "one process") and ("one rank" in done) == (kind == "three ranks")
+    assert ("saving" in done) == saving and ("one rank" in done) == one_rank
 
 
 @pytest.mark.slow
@@ -115,7 +124,7 @@ def test_another_world_size_goes_on_with_the_same_samples(one, tmp_path):
     code, output = finish(1, None, *argv, "--keep", 9, "--out", tmp_path / "cut")
     assert code == 0, output
     for step in (12, 14):                                                 # as if it had been killed before step 12 was saved
-        (tmp_path / "cut" / "checkpoint" / f"step-{step}.pt").unlink()
+        shutil.rmtree(tmp_path / "cut" / "checkpoint" / f"step-{step}")
     code, output = finish(2, None, *argv, "--micro-tokens", 200, "--keep", 9, "--out", tmp_path / "cut")
     assert code == 0 and "from step 9" in output
     assert "goes on with other rounding: micro_tokens 300, now 200; world_size 1, now 2\n" in output
@@ -211,6 +220,9 @@ def test_it_is_the_dtype_that_counts_not_what_it_was_called():
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
+FILE = "shard-00001-of-00001.safetensors"                                # of a run in which every rank holds everything
+
+
 class Planted:
     """What unpickling would run."""
     def __init__(self, path):
@@ -220,66 +232,107 @@ class Planted:
         return (Path.write_text, (self.path, "run"))
 
 
-def flip(path, planted):
-    raw = bytearray(path.read_bytes())
+def flip(path):
+    raw = bytearray((path / FILE).read_bytes())
     raw[len(raw) // 2] ^= 1                                               # in the middle of the weights
-    path.write_bytes(raw)
+    (path / FILE).write_bytes(raw)
 
 
-def cut(path, planted):
-    path.write_bytes(path.read_bytes()[:-1000])
+def cut(path):
+    raw = (path / FILE).read_bytes()
+    (path / FILE).write_bytes(raw[:-1000])
 
 
-def another_model(path, planted):
-    state = torch.load(path, weights_only=True)
-    torch.save({**state, "model": {name: t[:1] for name, t in state["model"].items()}}, path)   # which could be spread over ours
+def another_file(path):
+    tensors = load_safetensors(path / FILE)
+    save_safetensors({name: t[:1] for name, t in tensors.items()}, path / FILE)   # which could be spread over ours
 
 
-def another_step(path, planted):
-    path.write_bytes(path.with_name("step-3.pt").read_bytes())
+def another_step(path):
+    shutil.rmtree(path)
+    shutil.copytree(path.with_name("step-3"), path)
 
 
-def plant(path, planted):
-    torch.save({**torch.load(path, weights_only=True), "extra": Planted(planted)}, path)
-    with zipfile.ZipFile(path) as file:
-        assert b"write_text" in file.read(next(n for n in file.namelist() if n.endswith("data.pkl")))
+def missing_state(path):
+    (path / "state.json").unlink()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [flip, cut, another_model, another_step, plant])
+@pytest.mark.parametrize("damage", [flip, cut, another_file, another_step, missing_state])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, directory, tmp_path, monkeypatch, capsys):
     argv = kill.command("one process", directory)
     for name in ("whole", "run"):
         assert call(monkeypatch, *argv, "--steps", 6, "--out", tmp_path / name) == 0
     whole, out = tmp_path / "whole", tmp_path / "run"
-    newest = out / "checkpoint" / "step-6.pt"
-    damage(newest, tmp_path / "planted")
+    newest = out / "checkpoint" / "step-6"
+    damage(newest)
     (out / "model" / "config.json").unlink()                              # as if it had not been finished
-    (out / "checkpoint" / "step-5.pt.tmp").write_bytes(b"half")           # and had been killed at that before
+    (out / "checkpoint" / "step-5.tmp").mkdir()                           # and had been killed at that before
+    (out / "checkpoint" / "step-5.tmp" / f"{FILE}.tmp").write_bytes(b"half")
     capsys.readouterr()
-    damaged = newest.read_bytes()
+    damaged = contents(newest)
     assert call(monkeypatch, *argv, "--steps", 6, "--keep", 1, "--out", out) == 0
     output = capsys.readouterr().out
     assert f"warning: {newest} cannot be loaded" in output and "from step 3 to 6" in output
     assert metrics(out) == metrics(whole) and steps_saved(out) == [6]
     assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
-    assert (out / "checkpoint" / "step-6.pt.damaged").read_bytes() == damaged            # nothing is thrown away
-    assert not (tmp_path / "planted").exists() and not list(out.rglob("*.tmp"))
+    assert contents(out / "checkpoint" / "step-6.damaged") == damaged     # nothing is thrown away
+    assert not list(out.rglob("*.tmp"))
     (out / "model" / "config.json").unlink()
-    damage(newest, tmp_path / "planted") if damage is not another_step else newest.write_bytes(b"")
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    flip(newest)
+    before = contents(out)
     assert call(monkeypatch, *argv, "--steps", 6, "--out", out) == 2      # it does not start again by itself
     error = capsys.readouterr().err
-    assert "no checkpoint of" in error and "step-6.pt: " in error and error.count("\n") == 1
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before and not (tmp_path / "planted").exists()
+    assert "no checkpoint of" in error and f"step-6: ValueError: {FILE} is damaged" in error and error.count("\n") == 1
+    assert contents(out) == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_any_number_of_ranks(sharded, tmp_path):
+    """Begun on three that hold their rows; then on two, with one of the newest files damaged; on one; and on three again."""
+    argv, _ = sharded
+    code, output = finish(3, None, *argv, "--keep", 9, "--out", tmp_path / "whole")
+    assert code == 0, output
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    saved, whole = tmp_path / "cut" / "checkpoint", metrics(tmp_path / "whole")
+    for step in (12, 14):
+        shutil.rmtree(saved / f"step-{step}")
+    file = saved / "step-9" / "shard-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    for ranks, how, start in ((2, "all", 6), (1, "no", 9), (3, "all", 12)):
+        (tmp_path / "cut" / "model" / "config.json").unlink()
+        code, output = finish(ranks, None, *argv, "--shard", how, "--keep", 9, "--out", tmp_path / "cut")
+        assert code == 0 and f"from step {start} to" in output and ("cannot be loaded" in output) == (ranks == 2), output
+        assert f"{file.parent} cannot be loaded (ValueError: {file.name} is damaged)" in output or ranks != 2
+        # Of each part of the run the next one keeps the first steps.
+        for step in range(start + 4, 15):
+            shutil.rmtree(saved / f"step-{step}", ignore_errors=True)
+    cut = metrics(tmp_path / "cut")
+    assert len(whole) == len(cut) and whole[:6] == cut[:6]
+    for a, b in zip(whole, cut):
+        assert a.keys() == b.keys() and all(math.isclose(v, b[k], rel_tol=1e-5, abs_tol=1e-9) for k, v in a.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_rank_ends_all(rank, sharded, tmp_path):
+    argv, whole = sharded
+    code, output = finish_launched(3, f"full {rank} 5", *argv, "--out", tmp_path)
+    file = f"{tmp_path}/checkpoint/step-6.tmp/shard-0000{rank + 1}-of-00003.safetensors"
+    assert code == 1 and errors(output) == [f"error: {file}: File too large"] and "train.py\", line" not in output, output
+    assert f"rank      : {rank} " in output.split("Root Cause")[1]
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["step-3"]
+    code, output = finish(3, "draws", *argv, "--out", tmp_path)
+    assert code == 0 and "from step 3" in output
+    assert_same(whole, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_costs_nothing(one, tmp_path):
     argv, whole = one
     code, output = finish(1, "full 0 5", *argv, "--out", tmp_path)
-    assert code == 1 and errors(output) == [f"error: {tmp_path}/checkpoint/step-6.pt: File too large"] and "Traceback" not in output
-    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["step-3.pt"]
+    assert code == 1 and errors(output) == [f"error: {tmp_path}/checkpoint/step-6.tmp/{FILE}: File too large"] and "Traceback" not in output
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["step-3"]
     code, output = finish(1, "draws", *argv, "--out", tmp_path)
     assert code == 0 and "from step 3" in output
     assert_same(whole, tmp_path)
@@ -289,7 +342,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(one, tmp_path):
 def test_a_full_disk_is_not_hidden_by_a_signal(one, tmp_path):
     argv, _ = one
     code, output = finish(1, "sigterm-full 0 5", *argv, "--out", tmp_path)
-    assert code == 1 and errors(output) == [f"error: {tmp_path}/checkpoint/step-5.pt: File too large"]
+    assert code == 1 and errors(output) == [f"error: {tmp_path}/checkpoint/step-5.tmp/{FILE}: File too large"]
     assert steps_saved(tmp_path) == [3]
 
 
@@ -301,8 +354,8 @@ def test_a_signal_in_the_last_checkpoint_is_heard(directory, tmp_path, monkeypat
     assert call(monkeypatch, *argv) == 143 and not (tmp_path / "bft").exists()
     monkeypatch.setattr(train, "save_checkpoint", save)
     assert call(monkeypatch, *argv) == 0 and steps_saved(tmp_path / "bft") == [3, 4]
-    (tmp_path / "sft" / "checkpoint" / "step-4.pt").unlink()
-    (tmp_path / "sft" / "checkpoint" / "step-3.pt").unlink()              # to save space: what is finished stays finished
+    for step in (3, 4):                                                   # to save space: what is finished stays finished
+        shutil.rmtree(tmp_path / "sft" / "checkpoint" / f"step-{step}")
     capsys.readouterr()
     assert call(monkeypatch, *argv) == 0 and capsys.readouterr().out.count("finished, 4 steps") == 2
 
@@ -345,7 +398,7 @@ def test_lost_lines_of_the_log_are_missed(directory, tmp_path, monkeypatch, caps
     argv = [*kill.command("one process", directory), "--steps", 4, "--out", tmp_path]
     assert call(monkeypatch, *argv) == 0
     (tmp_path / "model" / "config.json").unlink()
-    (tmp_path / "checkpoint" / "step-4.pt").unlink()
+    shutil.rmtree(tmp_path / "checkpoint" / "step-4")
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     for garbled in (lines[:1] + ["[" * 100_000 + "\n"] + lines[2:], []):
         (tmp_path / "metrics.jsonl").write_text("".join(garbled))
@@ -353,7 +406,7 @@ def test_lost_lines_of_the_log_are_missed(directory, tmp_path, monkeypatch, caps
         assert call(monkeypatch, *argv) == 0
         assert "has not all of the 3 steps before" in capsys.readouterr().out
         (tmp_path / "model" / "config.json").unlink()
-        (tmp_path / "checkpoint" / "step-4.pt").unlink()
+        shutil.rmtree(tmp_path / "checkpoint" / "step-4")
 
 
 @pytest.mark.slow
@@ -378,8 +431,8 @@ def test_a_number_that_is_none_stops_every_rank_at_its_step(three, tmp_path):
     assert code != 0 and len(errors(output)) == 1 and "error: step 5: loss nan" in output and "with the samples at " in output
     assert re.findall(r"exitcode +: (\S+)", output)[-1] == "1" and 'train.py", line' not in output      # no traceback of ours
     assert metrics(tmp_path)[-1]["step"] == 4 and steps_saved(tmp_path) == [3]
-    state = torch.load(tmp_path / "checkpoint" / "step-3.pt", weights_only=True)
-    assert all(t.isfinite().all() for t in state["model"].values())
+    saved = load_safetensors(tmp_path / "checkpoint" / "step-3" / FILE)
+    assert all(t.isfinite().all() for t in saved.values())
 
 
 @pytest.mark.slow
