@@ -53,10 +53,14 @@ def finish(ranks, fault, *arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+def children(pid):
+    """The processes that this one has started: of torchrun, its ranks."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def workers(pid):
-    """The processes that this one has started, and those that they have."""
-    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [p for c in children for p in (c, *workers(c))]
+    """Them, and those that they have started."""
+    return [p for child in children(pid) for p in (child, *workers(child))]
 
 
 def command(kind, directory):
@@ -112,8 +116,8 @@ def kill_once(kind, directory, rng):
         assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.001)
     time.sleep(0 if saving else rng.random() * 0.2)
-    victims = workers(process.pid)
-    for pid in [rng.choice(victims)] if one_rank else [process.pid, *victims]:
+    victims = [rng.choice(children(process.pid))] if one_rank else [process.pid, *workers(process.pid)]
+    for pid in victims:
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
