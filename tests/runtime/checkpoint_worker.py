@@ -10,6 +10,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from support import tiny
@@ -87,17 +88,16 @@ def main():
         os.environ["LOCAL_WORLD_SIZE"] = "2"
     ranks = Ranks("cpu")
     ranks.start()
-    own_pages, saved = runtime.files.own_pages, dict(checkpoints(directory))
+    saved = dict(checkpoints(directory))
     for step in read.split(",") if read != "-" else []:
         trained, optimizer = model_of(how, ranks)
-        alone, sizes = directory / f"{step} alone", []
+        alone = directory / f"{step} alone"
         if ranks.rank == 0:
             shutil.copytree(saved[int(step)], alone / "checkpoint" / f"step-{step}", dirs_exist_ok=True)
         ranks.barrier()
-        runtime.files.own_pages = lambda size: sizes.append(size) or own_pages(size)
-        assert resume_from_checkpoint(alone, trained, optimizer, True, ranks) == int(step)
-        runtime.files.own_pages = own_pages
-        check(trained, optimizer, sizes)
+        with patch("runtime.files.own_pages", side_effect=runtime.files.own_pages) as own_pages:
+            assert resume_from_checkpoint(alone, trained, optimizer, True, ranks) == int(step)
+        check(trained, optimizer, [size for (size,), _ in own_pages.call_args_list])
     trained, optimizer = model_of(how, ranks)
     for name, kind, t in everything(trained, optimizer):
         if kind == "step":

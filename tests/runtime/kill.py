@@ -115,7 +115,7 @@ def kill_once(kind, directory, rng):
     while max((line["step"] for line in metrics(out)), default=0) < step or saving and not list(out.glob("checkpoint/*.tmp")):
         assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.001)
-    time.sleep(0 if saving else rng.random() * 0.2)
+    time.sleep(rng.random() * 0.4 if saving else rng.random() * 0.2)
     victims = [rng.choice(children(process.pid))] if one_rank else [process.pid, *workers(process.pid)]
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
