@@ -19,6 +19,7 @@ def windows(monkeypatch):
     for module, name in ((signal, "SIGHUP"), (os, "sysconf"), (os, "O_DIRECTORY"), (mmap, "MAP_PRIVATE"), (mmap, "MAP_ANONYMOUS")):
         monkeypatch.delattr(module, name, raising=False)
     monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)               # how rmtree goes about it
     os_open = os.open
 
     def refuse_directories(path, *flags, **options):
@@ -29,7 +30,7 @@ def windows(monkeypatch):
 
 
 def test_a_run_is_trained_saved_and_resumed(windows, tmp_path, monkeypatch):
-    argv = [*SMALL, "--data", ASSETS / "finetune.jsonl", "--steps", 4, "--batch-size", 8, "--save-every", 2, "--keep", 3]
+    argv = [*SMALL, "--data", ASSETS / "finetune.jsonl", "--steps", 4, "--batch-size", 8, "--save-every", 1, "--keep", 2]
     assert call(monkeypatch, *argv, "--out", tmp_path / "base") == 0
     for init in ([], ["--init", tmp_path / "base"]):
         out = tmp_path / f"run {len(init)}"
