@@ -249,20 +249,22 @@ def tensors_for_file(model, base=None, writes=True, shapes_only=False):
 
 
 def merged(name, model, base, writes):
-    """A parameter with its adapter merged, in the dtype that it was loaded from."""
+    """A parameter with its adapter merged, in the dtype that it was loaded from; its shape alone where it is not
+    written."""
     module_name, _, kind = name.rpartition(".")
     module, p = model.get_submodule(module_name), model.get_parameter(name)
     dtype = model.file_dtypes.get(name, p.dtype)
+    whole = None
     if base is None:
-        p = gather_whole(p.detach()).cpu()
+        whole = gather_whole(p.detach()).cpu()
     elif writes:
-        p = read_parameter(name, base, is_gpt2(model.config))
+        whole = read_parameter(name, base, is_gpt2(model.config))
     if kind == "weight" and getattr(module, "scale", 0):
         a = gather_whole(module.lora_a.detach()).cpu()   # (rank, in)
         b = gather_whole(module.lora_b.detach()).cpu()   # (out, rank)
         if writes:
-            p = p.float() + module.scale * (b @ a)       # (out, in)
-    return p.to(dtype) if writes else p
+            whole = whole.float() + module.scale * (b @ a)   # (out, in)
+    return whole.to(dtype) if writes else torch.empty(p.shape, device="meta")
 
 
 def find_tensors(files, gpt2):

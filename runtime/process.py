@@ -74,8 +74,8 @@ def ending_of(error, rank, world):
     if isinstance(error, UserError):
         return Ending(2, str(error), lets_others_speak=rank > 0)
     if isinstance(error, torch.OutOfMemoryError):
-        return Ending(1, f"out of GPU memory ({error}); a smaller --micro-tokens, --recompute or --lora-rank needs "
-                         "less")
+        return Ending(1, f"out of GPU memory ({error}); a smaller --micro-tokens, --recompute, --shard all or "
+                         "--lora-rank needs less")
     if isinstance(error, BrokenPipeError):
         # Whoever read our output (`| head`) has seen enough. What is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,8 +26,7 @@ def rows(ranks):
         assert again.dtype == p.dtype and again.placements == p.placements and torch.equal(gather_whole(again), whole[name]), name
         # No more than the rows is kept of what came.
         assert local(again).untyped_storage().nbytes() <= max(1, stop - first) * whole[name][0].nbytes, name
-    first, stop = rows_of(model.embed_tokens.weight)
-    print("rows", ranks.rank, first, stop)
+    ranks.print("rows", *ranks.texts(str(rows_of(model.embed_tokens.weight))))
 
 
 def rounding(ranks):

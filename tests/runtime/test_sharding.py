@@ -59,8 +59,7 @@ def test_each_rank_holds_its_rows():
     """Of 5 rows over 4 ranks the last one holds none."""
     done = forked(4, WORKER, "rows")
     assert done.returncode == 0, done.stderr
-    found = sorted(re.findall(r"rows (\d) (\d) (\d)", done.stdout))
-    assert found == [("0", "0", "2"), ("1", "2", "4"), ("2", "4", "5"), ("3", "5", "5")]
+    assert "rows (0, 2) (2, 4) (4, 5) (5, 5)\n" in done.stdout
 
 
 def test_bfloat16_on_the_wire_rounds_the_weights_of_norms_and_nothing_else():
@@ -124,6 +123,9 @@ def assert_same_run(out, expected):
     lines, expected_lines = metrics(out), metrics(expected)
     assert [line["step"] for line in lines] == [line["step"] for line in expected_lines]
     for line, expected_line in zip(lines, expected_lines):
+        # torch adds up the squares of a large matrix in float32 one after another, and those of its rows apart.
+        norms = [each.pop("grad_norm", 0) for each in (line, expected_line)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
         assert line == pytest.approx(expected_line, rel=1e-5)
     tensors, expected_tensors = (load_safetensors(folder / "model" / "model.safetensors") for folder in (out, expected))
     assert tensors.keys() == expected_tensors.keys()
