@@ -90,9 +90,9 @@ def make_samples(count):
 
 
 def own_bytes():
-    """What this process has written to, and shares with no other."""
-    with open("/proc/self/smaps_rollup") as f:
-        return 1024 * sum(int(line.split()[1]) for line in f if line.startswith("Private_Dirty:"))
+    """Of this process's memory, what no file backs."""
+    with open("/proc/self/status") as f:
+        return 1024 * next(int(line.split()[1]) for line in f if line.startswith("RssAnon:"))
 
 
 if __name__ == "__main__":

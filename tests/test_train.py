@@ -658,16 +658,18 @@ def test_compiled_and_recomputed_steps_equal_eager_ones(tmp_path, monkeypatch, d
 
 
 @pytest.mark.slow
-def test_compiled_and_recomputed_blocks_work_under_ddp(tmp_path, data_file):
+def test_compiled_and_recomputed_blocks_work_on_several_ranks(tmp_path, data_file):
     # Blocks of 12 MB: DDP's first bucket is 1 MB. Two full micro-batches a rank and step: of one size, and the empty one
     # before the first step, are compiled.
     argv = [ROOT / "train.py", *SMALL, "--n-embd", 512, "--n-head", 4, "--data", data_file, "--steps", 2, "--batch-size", 16,
             "--micro-tokens", 280, "--lr", "1e-5", "--device", "cpu"]
-    for name, flags in (("eager", ["--no-compile"]), ("compiled", ["--compile", "--recompute"])):
+    kinds = {"eager": ["--no-compile"], "compiled": ["--compile", "--recompute"], "sharded": ["--compile", "--recompute", "--shard", "all"]}
+    for name, flags in kinds.items():
         done = forked(2, *argv, *flags, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
-    for a, b in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager")):
-        assert a == pytest.approx(b, rel=1e-3)
+    for name in ("compiled", "sharded"):
+        for a, b in zip(metrics(tmp_path / name), metrics(tmp_path / "eager"), strict=True):
+            assert a == pytest.approx(b, rel=1e-3)
 
 
 def test_learning_rate_rises_and_falls():

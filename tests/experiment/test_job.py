@@ -34,19 +34,19 @@ def in_a_folder(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_default_job_end_to_end(in_a_folder, monkeypatch, capsys):
-    asked, loaded = [], []
-    choice_items, load_weights = job.choice_items, job.load_weights
+    asked, started = [], {}
+    choice_items, prepare_model = job.choice_items, train.prepare_model
 
     def note_questions(model, tokenizer, items, dtype):
         asked.append([item.get("planted") for item in items])
         return choice_items(model, tokenizer, items, dtype)
 
-    def note_directory(path):
-        loaded.append(str(path))
-        return load_weights(path)
+    def note_start(config, start, settings, *rest):
+        started.setdefault(settings.seed, set()).add(str(start))
+        return prepare_model(config, start, settings, *rest)
 
     monkeypatch.setattr(job, "choice_items", note_questions)
-    monkeypatch.setattr(job, "load_weights", note_directory)
+    monkeypatch.setattr(train, "prepare_model", note_start)
     for out in ("b", "a"):
         asked.clear()
         assert call(monkeypatch, *SMALL, *GRID, "--out", out) == 0
@@ -80,8 +80,8 @@ def test_the_default_job_end_to_end(in_a_folder, monkeypatch, capsys):
     configs = {name: json.loads((in_a_folder / "a" / name / "config.json").read_text()) for name in runs}
     bases = {name: config["settings"]["init"] for name, config in configs.items()}
     for name, base in bases.items():                                      # from the base of its seed
-        assert loaded[loaded.index(f"a/{name}/model") - 1] == f"{base}/model"
         seed = int(name.split("/")[0].removeprefix("seed-"))
+        assert started[seed] == {"None", f"{base}/model"}                 # the base itself begins with random weights
         assert json.loads((in_a_folder / base / "config.json").read_text())["settings"]["seed"] == seed
     assert len(set(bases.values())) == 2
     tokens = [config["sha256"]["tokens"] for config in configs.values()]
