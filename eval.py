@@ -5,8 +5,9 @@
     python eval.py RUN [...] --tasks plot --out look
 
 A model is a run of `train.py`, a Hugging Face directory or repository id; a pattern in quotes ('runs/bft-s*') is one
-column of several seeds. `torchrun --nproc_per_node=8 eval.py ...` shares the work, with `--shard all` the weights too:
-for models that are too large for one GPU. Each task reads the --data file of its place:
+column of several seeds. `torchrun --nproc_per_node=8 eval.py ...` shares the work. `--shard all` shares the weights of
+models that are too large for one GPU; every rank then writes every answer. Each task reads the --data file of its
+place:
 
     nll       samples (any shape of data.py): NLL and perplexity per response token, minimum group confidence
     choice    {"question", "choices", "answer", "context"?, "subject"?}: multiple choice by log-likelihood, asked as

@@ -57,6 +57,7 @@ class GPT(nn.Module):
     recompute: keep a block's input alone and compute the block again in the backward pass.
     """
     recompute = False
+    agree = staticmethod(lambda tokens: tokens)                           # over ranks, where these share the weights
 
     def __init__(self, config):
         super().__init__()
@@ -163,7 +164,6 @@ class GPT(nn.Module):
         if min(lengths, default=1) < 1 or max(lengths, default=0) + max_new_tokens > self.config.max_positions:
             raise ValueError(f"prompts have {lengths} ids; expected 1 or more, and with {max_new_tokens} new ones at "
                              f"most the {self.config.max_positions} positions of the model")
-        stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         # A number for each token that may be drawn, so that a continuation does not depend on which run together.
         generator = torch.Generator().manual_seed(seed)
         chance = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64, generator=generator).to(device)
@@ -174,10 +174,10 @@ class GPT(nn.Module):
             longest = lengths[waiting[-1]]
             count = max(1, CACHE_TOKENS // (longest + max_new_tokens))
             together, waiting = waiting[-count:], waiting[:-count]
-            new = continue_prompts(self, [prompts[i] for i in together], max_new_tokens, temperature, stop,
+            new = continue_prompts(self, [prompts[i] for i in together], max_new_tokens, temperature, set(stop),
                                    chance[together])
             for i, ids in zip(together, new):
-                continuations[i] = ids[ids >= 0]
+                continuations[i] = torch.tensor(ids, dtype=torch.int64, device=device)
         return continuations
 
 
@@ -484,61 +484,90 @@ CACHE_TOKENS = 2 ** 15
 
 
 class Cache:
-    """Keys and values of every token so far. It stands in for Packing where each sample has one new token."""
+    """Keys and values of every token so far. It stands in for Packing where each sample has one new token.
 
-    def __init__(self, room):
-        self.room = room                                                  # tokens of the longest sample, at the end
+    Samples end at the same column: their new tokens are one column, and nothing is read beyond it.
+    """
+
+    def __init__(self, lengths, new_tokens, device):
+        self.position = torch.tensor(lengths, device=device)              # (S,) that of each sample's new token
+        self.column = max(lengths)                                        # and where it goes
+        self.room = self.column + new_tokens
+        padding = self.column - self.position[:, None]                    # (S, 1) columns before a sample's first token
+        self.seen = torch.arange(self.room, device=device) >= padding     # (S, room)
         self.kept = {}                                                    # {layer: (keys, values)} (S, n_kv, room, D)
-        self.position = None                                              # (S,) that of each new token
 
     def keep(self, layer, keys, values):
         """Keeps those of the prompts: lists of (L, n_kv, D), one for each of S samples."""
-        self.kept[layer] = self.padded(keys), self.padded(values)
+        self.kept[layer] = self.aligned(keys), self.aligned(values)
 
-    def padded(self, samples):
+    def aligned(self, samples):
         """(S, n_kv, room, D)."""
-        return torch.stack([F.pad(x, (0, 0, 0, 0, 0, self.room - len(x))) for x in samples]).transpose(1, 2)
+        columns = samples[0].new_zeros(len(samples), self.room, *samples[0].shape[1:]).transpose(1, 2)
+        for row, sample in zip(columns, samples):
+            row[:, self.column - len(sample):self.column] = sample.transpose(0, 1)
+        return columns
 
     def attend(self, layer, q, k, v):
         """q (S, n, D), k and v (S, n_kv, D) of the new tokens -> (S, n, D)."""
-        sample = torch.arange(len(q), device=q.device)
         keys, values = self.kept[layer]                                   # (S, n_kv, room, D)
-        keys[sample, :, self.position] = k
-        values[sample, :, self.position] = v
-        seen = torch.arange(self.room, device=q.device) <= self.position[:, None]   # (S, room)
+        keys[:, :, self.column] = k
+        values[:, :, self.column] = v
+        so_far = slice(self.column + 1)
         # The query heads that share keys are rows of one product: GPUs' fast kernels with masks know no grouped heads.
         rows = q.view(len(q), k.shape[1], -1, q.shape[2])                 # (S, n_kv, n / n_kv, D)
-        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=seen[:, None, None])
+        y = F.scaled_dot_product_attention(rows, keys[:, :, so_far], values[:, :, so_far],
+                                           attn_mask=self.seen[:, None, None, so_far])
         return y.reshape(q.shape)
+
+    def next_token(self):
+        self.position = self.position + 1
+        self.column += 1
+
+    def select(self, samples):
+        """Forgets the other samples."""
+        self.position, self.seen = self.position[samples], self.seen[samples]
+        self.kept = {layer: (keys[samples], values[samples]) for layer, (keys, values) in self.kept.items()}
 
 
 def continue_prompts(model, prompts, max_new_tokens, temperature, stop, chance):
-    """`GPT.generate` for prompts that run together: their new ids (B, new), -1 from a stop on."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=stop.device)
-    cache = Cache(int(lengths.max()) + max_new_tokens)
-    x = model.trunk(torch.cat(prompts), Packing(lengths.tolist(), stop.device, cache))   # (T, d)
-    x = x[lengths.cumsum(0) - 1]                                          # (B, d) of each prompt's last token
-    going = torch.ones_like(lengths, dtype=torch.bool)
-    new = [lengths.new_empty(len(prompts), 0)]
+    """`GPT.generate` for prompts that run together: [[new ids], ...]. stop: a set. chance: (B, new tokens)."""
+    lengths = [len(prompt) for prompt in prompts]
+    device = prompts[0].device
+    cache = Cache(lengths, max_new_tokens, device)
+    x = model.trunk(torch.cat(prompts), Packing(lengths, device, cache))  # (T, d)
+    x = x[torch.tensor(lengths, device=device).cumsum(0) - 1]             # (B, d) of each prompt's last token
+    new = [[] for _ in prompts]
+    rows = list(range(len(prompts)))                                      # whose continuations are computed
+    going = set(rows)                                                     # and are not over
     for i in range(max_new_tokens):
-        token = next_token(F.linear(x, model.head), temperature, chance[:, i:i + 1])     # (B,)
-        going = going & ~torch.isin(token, stop)
-        new.append(torch.where(going, token, -1)[:, None])
-        if not going.any() or i == max_new_tokens - 1:
+        tokens = model.agree(next_tokens(F.linear(x, model.head), temperature, chance[rows, i:i + 1]))   # (B,)
+        for number, token in zip(rows, tokens.tolist()):
+            if token < 0:
+                raise ValueError("the model gives logits that are no numbers (NaN)")
+            if token in stop:
+                going.discard(number)
+            elif number in going:
+                new[number].append(token)
+        if not going or i == max_new_tokens - 1:
             break
-        cache.position = lengths + i                                      # rows that have ended go on, unread
-        x = model.trunk(token, cache)
-    return torch.cat(new, 1)
+        if len(going) <= len(rows) / 2:
+            # The others need not be computed any more. (To forget each as it ends would copy the cache each time.)
+            kept = [row for row, number in enumerate(rows) if number in going]
+            rows, tokens = [rows[row] for row in kept], tokens[kept]
+            cache.select(kept)
+        x = model.trunk(tokens, cache)
+        cache.next_token()
+    return new
 
 
-def next_token(logits, temperature, chance):
-    """The token that follows, (B,), by logits (B, V) and random numbers (B, 1) from 0 to 1. Raises ValueError."""
-    logits = logits.double()
-    if logits.isnan().any():
-        raise ValueError("the model gives logits that are no numbers (NaN)")
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)                       # finite at any temperature
-    total = (logits / temperature).softmax(-1).cumsum(-1)
-    # The first token at which the sum of probabilities passes chance.
-    return torch.searchsorted(total, chance * total[:, -1:], right=True)[:, 0]
+def next_tokens(logits, temperature, chance):
+    """The tokens that follow, (B,), by logits (B, V) and random numbers (B, 1) from 0 to 1; -1 where a logit is NaN."""
+    largest, likeliest = logits.max(-1)                                   # NaN, if there is one
+    tokens = likeliest
+    if temperature > 0:
+        logits = logits.double() - largest[:, None]                       # finite at any temperature
+        total = (logits / temperature).softmax(-1).cumsum(-1)
+        # The first token at which the sum of probabilities passes chance.
+        tokens = torch.searchsorted(total, chance * total[:, -1:], right=True)[:, 0]
+    return torch.where(largest.isnan(), -1, tokens)

@@ -10,12 +10,14 @@ Reads top to bottom in the order in which it runs: settings, the command, the lo
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import random
 import shlex
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +42,7 @@ from runtime.process import Parser, Stop, UserError, leave_after_a_signal, run
 from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
 from runtime.run_directory import begin, check_out, describe, is_finished, tokens_sha256
-from runtime.sharding import SHARDS, draw_parameters, exchange, gather_whole, is_sharded, ranks_that_share, shard
+from runtime.sharding import SHARDS, draw_parameters, exchange, gather_whole, is_sharded, ranks_per_copy, shard
 from tasks.scoring import score
 
 
@@ -287,8 +289,11 @@ def files_of_the_model(settings, start, ranks):
 
 
 def describe_run(settings, objective, files, sets, ranks):
-    """What config.json of a run holds; see `runtime.run_directory.describe`."""
-    return describe(settings, objective, files, sets, optimizer_options(settings), ranks.device)
+    """What config.json of a run holds; see `runtime.run_directory.describe`. Rank 0 alone reads the files for it."""
+    record = None
+    if ranks.rank == 0:
+        record = describe(settings, objective, files, sets, optimizer_options(settings), ranks.device)
+    return json.loads(ranks.texts(json.dumps(record))[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,15 +702,19 @@ def flops(model, samples):
 def training_bytes(config, settings, dtype, sharing=1):
     """(held, gathered): the bytes that a rank holds of weights, gradients and optimizer state, 16 a trained parameter
     (float32: weight, gradient, two moments), those of dtype a frozen one; and what comes on top where `sharing` ranks
-    have one copy of the model among them: the largest group of weights and gradients that is whole at a time, a block
-    or what is outside of the blocks. Activations come on top of both.
+    have one copy of the model among them. Whole for a pass is what is outside of the blocks, with its gradient; and in
+    the backward pass a block with its gradient, the next one, and what the sum of the last one's gradients is made
+    from. Activations come on top of both.
     """
-    held, groups = 0, {}
+    held, outside, blocks = 0, 0, Counter()
+    wire = 4 if settings.lora_rank else dtype.itemsize                    # bytes of a trained number of a block
     for name, p in model_on_meta(config, settings, dtype).named_parameters():
         held += math.ceil(len(p) / sharing) * p[0].numel() * (16 if p.requires_grad else p.itemsize)
-        group = name.split(".")[1] if name.startswith("layers.") else "outside"
-        groups[group] = groups.get(group, 0) + p.numel() * (8 if p.requires_grad else p.itemsize)
-    return held, max(groups.values()) if sharing > 1 else 0
+        if name.startswith("layers."):
+            blocks[name.split(".")[1]] += p.numel() * (3 * wire + 4 if p.requires_grad else 2 * p.itemsize)
+        else:
+            outside += p.numel() * (8 if p.requires_grad else p.itemsize)
+    return held, outside + max(blocks.values()) if sharing > 1 else 0
 
 
 def check_memory(config, settings, ranks):
@@ -719,7 +728,7 @@ def check_memory(config, settings, ranks):
 
     def needed(change):
         changed = replace(settings, **change)
-        of_a_rank = sum(training_bytes(config, changed, dtype, ranks_that_share(changed.shard, ranks)))
+        of_a_rank = sum(training_bytes(config, changed, dtype, ranks_per_copy(changed.shard, ranks)))
         return of_a_rank * (here if ranks.device.type == "cpu" else 1)
 
     if needed({}) <= room:
@@ -728,7 +737,10 @@ def check_memory(config, settings, ranks):
     advice = "expected a smaller model, more memory, or more GPUs and --shard all"
     for way in ways:
         if needed(way) <= room and not (settings.init == "scratch" and "lora_rank" in way):
+            nodes = ranks.world // here
             program = "python" if ranks.world == 1 else f"torchrun --nproc_per_node={here}"
+            if nodes > 1:
+                program += f" --nnodes={nodes} ..."
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in way.items())
             advice = f"this needs {needed(way) / 1e9:.0f} GB: {program} {shlex.join(sys.argv)} {flags}"
             break

@@ -27,7 +27,7 @@ import train  # noqa: E402
 from model import GPT  # noqa: E402
 from runtime.process import run  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
-from runtime.sharding import SHARDS, local, ranks_that_share  # noqa: E402
+from runtime.sharding import SHARDS, local, ranks_per_copy  # noqa: E402
 
 
 def main():
@@ -83,7 +83,7 @@ def measure(shape, settings, ranks):
         optimizer.step()
         in_a_step = end_of_peak(device) - before
     held = start_of_peak(device) - before
-    computed, gathered = train.training_bytes(config, settings, torch.float32, ranks_that_share(settings.shard, ranks))
+    computed, gathered = train.training_bytes(config, settings, torch.float32, ranks_per_copy(settings.shard, ranks))
     return {"weights computed": weights, "while it loads": loading, "state computed": computed, "after two steps": held,
             "gathered": gathered, "within a step": in_a_step}
 

@@ -1,6 +1,5 @@
 """What the commands do with a model directory: open it, find what ends an answer, copy the files beside a model."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from hf.hub import find_directory
 from hf.tokenizer import load_tokenizer
 from hf.weights import check_dtypes, fill_model, load_model, weight_files
 from runtime.process import UserError
-from runtime.sharding import place
+from runtime.sharding import as_rows_of
 
 
 # They go with a model as they are.
@@ -72,7 +71,7 @@ def fill_weights(model, directory, device):
     """Gives a model on "meta", sharded or not, the weights of a directory: on each rank its rows, in the dtypes that
     its parameters have. Raises UserError."""
     try:
-        fill_model(model, directory, functools.partial(place, device=device))
+        fill_model(model, directory, lambda rows, p: as_rows_of(p, rows, device))
     except (ValueError, OSError) as e:
         raise UserError(str(e)) from None
 

@@ -13,10 +13,10 @@ from hf.config import load_config
 from hf.hub import find_directory
 from model import GPT
 from runtime.files import iterate_safetensors, safetensors_layout, save_safetensors, write_whole
-from runtime.sharding import gather_whole, is_sharded, local
+from runtime.sharding import gather_whole, is_sharded, local, my_rows, rows_of
 
 
-SHARD_BYTES = 5_000_000_000                       # a model beyond this is saved in several files
+FILE_BYTES = 5_000_000_000                       # a model beyond this is saved in several files
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "embed_tokens.weight"
@@ -55,45 +55,65 @@ def load_model(directory_or_hub_id):
     return model
 
 
-def fill_model(model, directory, place=lambda t, p: t):
-    """Gives a model on "meta" the tensors of a directory's files, one at a time. Adapters, which these do not have,
-    stay as they are.
+def fill_model(model, directory, place=lambda rows, p: rows):
+    """Gives a model on "meta" the tensors of a directory's files, one at a time; of a sharded one the rows that this
+    rank holds. Adapters, which no file has, stay as they are.
 
-    place(tensor, parameter): what becomes of a tensor that is read for this parameter; without it nothing does. Raises
-    as `load_model`.
+    place(rows, parameter): what becomes of what is read for this parameter; without it nothing does. Raises as
+    `load_model`, for what does not fit before anything but the files' headers is read.
     """
+    gpt2 = is_gpt2(model.config)
+    files = weight_files(directory)
+    check_dtypes(files)
     parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-    expected = set(parameters)
+    missing = set(parameters)
     # A file may hold the head although it is tied to the embedding.
     parameters.setdefault(HEAD, parameters[EMBEDDING])
-    tensors, dtypes, misfits = {}, {}, []
-    for name_in_file, name, t in read_tensors(weight_files(directory), is_gpt2(model.config)):
-        if name not in parameters or parameters[name].shape != t.shape or name in tensors:
+    dtypes, rows, misfits = {}, {}, []
+    for name_in_file, name, t in tensors_on_meta(files, gpt2):
+        if name not in parameters or parameters[name].shape != t.shape or name in dtypes:
             misfits.append(name_in_file)
             continue
-        tensors[name], dtypes[name] = place(t, parameters[name]), t.dtype
+        dtypes[name] = t.dtype
+        # GPT-2's matrices are several of ours, or transposed: they are read whole.
+        if not gpt2:
+            rows[name_in_file] = rows_of(parameters[name])
+    misfits += missing - dtypes.keys()
+    refuse_misfits(misfits, directory)
+    tensors = {}
+    for file in files:
+        for name_in_file, t in iterate_safetensors(file, rows=rows):
+            for name, part in as_ours(name_in_file, t, gpt2):
+                if gpt2:
+                    part = my_rows(part, parameters[name])
+                tensors[name] = place(part, parameters[name])
+            # Before the next one comes.
+            t = part = None
     if model.config.tie_embeddings and HEAD in tensors:
         head = tensors.pop(HEAD)
-        if EMBEDDING in tensors and not torch.equal(local(head), local(tensors[EMBEDDING])):
-            misfits.append(f"{HEAD} (differs from the embedding that it is tied to)")
-    misfits += expected - tensors.keys()
+        if not torch.equal(local(head), local(tensors[EMBEDDING])):
+            refuse_misfits([f"{HEAD} (differs from the embedding that it is tied to)"], directory)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.file_dtypes = {name: dtypes[name] for name in tensors}
+
+
+def refuse_misfits(misfits, directory):
     if misfits:
         names = ", ".join(sorted(misfits)[:5])
         if len(misfits) > 5:
             names += f" and {len(misfits) - 5} more"
         raise ValueError(f"{directory} does not fit its config.json: missing, unexpected, twice or of another shape: "
                          f"{names}")
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.file_dtypes = {name: dtypes[name] for name in tensors}
 
 
-def read_tensors(files, gpt2):
-    """Yields (name in the file, our name, tensor), holding one of the file's tensors at a time. Raises ValueError."""
-    check_dtypes(files)
+def tensors_on_meta(files, gpt2):
+    """Yields (name in the file, our name, tensor on "meta"). Nothing but the files' headers is read."""
     for file in files:
-        for name_in_file, t in iterate_safetensors(file):
-            for name, part in as_ours(name_in_file, t, gpt2):
-                yield name_in_file, name, part
+        with open(file, "rb") as f:
+            layout = safetensors_layout(f)
+        for name_in_file, dtype, shape in layout:
+            for name, t in as_ours(name_in_file, torch.empty(shape, dtype=dtype, device="meta"), gpt2):
+                yield name_in_file, name, t
 
 
 def as_ours(name, t, gpt2):
@@ -167,7 +187,7 @@ def what_is_there(directory):
 # Out
 
 def save_model(model, directory, base=None, writes=True):
-    """Writes config.json and model.safetensors (several of them above SHARD_BYTES), which transformers'
+    """Writes config.json and model.safetensors (several of them above FILE_BYTES), which transformers'
     AutoModelForCausalLM opens. Adapters are merged; every tensor has the dtype that it was loaded from. One is held at
     a time.
 
@@ -175,19 +195,18 @@ def save_model(model, directory, base=None, writes=True):
     those that were rounded for training. writes: False on the ranks that only bring their rows of a sharded model, all
     but one. Raises OSError naming the file that could not be written.
     """
-    if base is not None:
-        base = find_tensors(weight_files(base), is_gpt2(model.config))
+    places = None if base is None else find_tensors(weight_files(base), is_gpt2(model.config))
     if not writes:
         if is_sharded(model):
-            for _ in tensors_for_file(model, base, writes=False):
+            for _ in tensors_for_file(model, places, writes=False):
                 pass
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    shards = plan_shards(model)
+    shards = plan_files(model)
     count = len(shards)
     written = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    tensors = (t for _, t in tensors_for_file(model, base))
+    tensors = (t for _, t in tensors_for_file(model, places))
     for file, shard in zip(written, shards):
         save_safetensors(shard, directory / file, itertools.islice(tensors, len(shard)))
     if count > 1:
@@ -204,13 +223,13 @@ def save_model(model, directory, base=None, writes=True):
             file.unlink()
 
 
-def plan_shards(model):
-    """[{name: tensor on "meta"}], one for each file of at most SHARD_BYTES; a larger tensor has a file to itself."""
-    shards, room = [{}], SHARD_BYTES
+def plan_files(model):
+    """[{name: tensor on "meta"}], one for each file of at most FILE_BYTES; a larger tensor has a file to itself."""
+    shards, room = [{}], FILE_BYTES
     for name, t in tensors_for_file(model, shapes_only=True):
         if t.nbytes > room and shards[-1]:
             shards.append({})
-            room = SHARD_BYTES
+            room = FILE_BYTES
         shards[-1][name] = t
         room -= t.nbytes
     return shards
@@ -225,8 +244,8 @@ def config_for_file(model):
     return {**config_json, key: str(dtype).removeprefix("torch.")}
 
 
-def tensors_for_file(model, base=None, writes=True, shapes_only=False):
-    """Yields (name, tensor) as Hugging Face has them, one at a time, on the CPU (shapes_only: on "meta"). base: see
+def tensors_for_file(model, places=None, writes=True, shapes_only=False):
+    """Yields (name, tensor) as Hugging Face has them, one at a time, on the CPU (shapes_only: on "meta"). places: see
     `find_tensors`. writes: as in `save_model`."""
     gpt2 = is_gpt2(model.config)
 
@@ -234,7 +253,7 @@ def tensors_for_file(model, base=None, writes=True, shapes_only=False):
         if shapes_only:
             p = model.get_parameter(name)
             return torch.empty(p.shape, dtype=model.file_dtypes.get(name, p.dtype), device="meta")
-        return merged(name, model, base, writes)
+        return merged(name, model, places, writes)
 
     for name, _ in model.named_parameters():
         if ".lora_" in name:
@@ -248,17 +267,17 @@ def tensors_for_file(model, base=None, writes=True, shapes_only=False):
             yield "model." + name, whole(name)
 
 
-def merged(name, model, base, writes):
+def merged(name, model, places, writes):
     """A parameter with its adapter merged, in the dtype that it was loaded from; its shape alone where it is not
     written."""
     module_name, _, kind = name.rpartition(".")
     module, p = model.get_submodule(module_name), model.get_parameter(name)
     dtype = model.file_dtypes.get(name, p.dtype)
     whole = None
-    if base is None:
+    if places is None:
         whole = gather_whole(p.detach()).cpu()
     elif writes:
-        whole = read_parameter(name, base, is_gpt2(model.config))
+        whole = read_parameter(name, places, is_gpt2(model.config))
     if kind == "weight" and getattr(module, "scale", 0):
         a = gather_whole(module.lora_a.detach()).cpu()   # (rank, in)
         b = gather_whole(module.lora_b.detach()).cpu()   # (out, rank)
@@ -268,14 +287,11 @@ def merged(name, model, base, writes):
 
 
 def find_tensors(files, gpt2):
-    """{our name: (file, name in it)}. Nothing but the files' headers is read."""
+    """{our name: (file, name in it)}."""
     found = {}
     for file in files:
-        with open(file, "rb") as f:
-            layout = safetensors_layout(f)
-        for name_in_file, _, shape in layout:
-            for name, _ in as_ours(name_in_file, torch.empty(shape, device="meta"), gpt2):
-                found[name] = file, name_in_file
+        for name_in_file, name, _ in tensors_on_meta([file], gpt2):
+            found[name] = file, name_in_file
     return found
 
 

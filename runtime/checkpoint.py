@@ -48,7 +48,7 @@ def save_checkpoint(out, step, trained, optimizer, keep, ranks):
     not; the others wait for it to end the run.
     """
     path = out / "checkpoint" / f"step-{step}"
-    unfinished = renamed(path, "tmp")
+    unfinished = beside(path, "tmp")
     failure, written = None, {}
     try:
         written = write_my_rows(unfinished, trained, optimizer, ranks)
@@ -68,17 +68,18 @@ def save_checkpoint(out, step, trained, optimizer, keep, ranks):
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     for _, old in checkpoints(out)[:-keep]:
-        # A kill in the middle leaves nothing that looks whole.
-        shutil.rmtree(old.replace(renamed(old, "tmp")))
+        # A kill in the middle leaves nothing that looks whole. What cannot be deleted now is when the run begins again.
+        shutil.rmtree(old.replace(beside(old, "tmp")), ignore_errors=True)
 
 
-def renamed(path, suffix):
+def beside(path, suffix):
     return path.with_name(f"{path.name}.{suffix}")
 
 
 def write_my_rows(directory, trained, optimizer, ranks):
     """Writes the rows that this rank holds. Returns {file name: sha256}; nothing where another rank has them too, and
     writes them."""
+    # Not sharded, every rank has a copy, in one part.
     copy, index, count = ranks.rank, 0, 1
     any_parameter = next(iter(trained.values()))
     if isinstance(any_parameter, DTensor):
@@ -91,10 +92,9 @@ def write_my_rows(directory, trained, optimizer, ranks):
     for key, value in optimizer_state(trained, optimizer):
         if value.dim() > 0:
             tensors[key] = local(value)
-    directory.mkdir(exist_ok=True)                                        # the first who comes
+    directory.mkdir(parents=True, exist_ok=True)                          # the first who comes
     path = directory / f"shard-{index + 1:05d}-of-{count:05d}.safetensors"
-    save_safetensors(tensors, path)
-    return {path.name: file_sha256(path)}
+    return {path.name: save_safetensors(tensors, path)}
 
 
 def give_up(unfinished, failure, rank, ranks):
@@ -119,11 +119,12 @@ def write_state(directory, step, files, trained, optimizer):
     """Writes state.json, by which a checkpoint is whole. files: {file name: sha256}."""
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     numbers = {key: value.item() for key, value in optimizer_state(trained, optimizer) if value.dim() == 0}
-    state = {"step": step, "files": files, "parameters": shapes(trained), "groups": groups, "numbers": numbers}
+    state = {"step": step, "files": files, "parameters": shapes_and_dtypes(trained), "groups": groups,
+             "numbers": numbers}
     write_whole(directory / "state.json", [sealed(state)])
 
 
-def shapes(trained):
+def shapes_and_dtypes(trained):
     return {name: [*p.shape, str(p.dtype)] for name, p in trained.items()}
 
 
@@ -158,7 +159,7 @@ def resume_from_checkpoint(out, trained, optimizer, resume, ranks):
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
         raise UserError(f"no checkpoint of {out} can be loaded ({reasons}); --no-resume starts again over it")
     for path, reason in damaged.items():
-        aside = renamed(path, "damaged")
+        aside = beside(path, "damaged")
         ranks.print(f"warning: {path} cannot be loaded ({reason}), so this goes on from step {start}; it is now called "
                     f"{aside.name}")
         if ranks.rank == 0:
@@ -170,18 +171,26 @@ def resume_from_checkpoint(out, trained, optimizer, resume, ranks):
 
 def why_damaged(path, step, trained, ranks):
     """Why this checkpoint cannot be loaded, "" if nothing is seen. Each rank looks at state.json, and at its part of
-    the other files."""
+    the other files. Raises OSError for a disk that cannot be read, on which it may be whole, and UserError if this rank
+    does not see it at all."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not there on rank {ranks.rank}; expected --out on a file system that all nodes "
+                        "share")
     try:
         state = read_state(path)
-        if state["step"] != step or state["parameters"] != shapes(trained):
+        if state["step"] != step or state["parameters"] != shapes_and_dtypes(trained):
             raise ValueError("it is of another step or another model")
-        misfits = set(os.listdir(path)) ^ {*state["files"], "state.json"}
+        # Hidden files are the file system's.
+        present = {name for name in os.listdir(path) if not name.startswith(".")}
+        misfits = present ^ {*state["files"], "state.json"}
         if misfits:
             raise ValueError(f"missing or unexpected: {', '.join(sorted(misfits))}")
         for name in sorted(state["files"])[ranks.rank::ranks.world]:
             if file_sha256(path / name) != state["files"][name]:
                 raise ValueError(f"{name} is damaged")
     except Exception as e:                                                # whatever a damaged file leads to
+        if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
+            raise
         return " ".join(f"{type(e).__name__}: {e}".split())[:200]
     return ""
 
@@ -211,13 +220,13 @@ def load_checkpoint(path, trained, optimizer):
     groups = []
     for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
         groups.append({**options, "params": [names[p] for p in group["params"]]})
-    # Where torch has numbers, names stand for parameters: any key will do.
+    # torch's own state dicts number the parameters; any key will do, and ours are names.
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def read_my_rows(files, trained):
     """{key: the rows that this rank holds}, of files that one after another hold all rows. The parameters' are their
-    own memory. No more is held than these and what a file has of one of them."""
+    own memory. No more is held than these and what one file has of one of them."""
     mine = {f"model.{name}": local(p.detach()) for name, p in trained.items()}
     seen, filled = collections.Counter(), collections.Counter()           # rows: of all, of mine
     for file in files:

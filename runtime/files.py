@@ -66,7 +66,7 @@ def save_safetensors(tensors, path, data=None):
     """Writes {name: tensor} to path, whole or not at all.
 
     data: an iterable of the tensors themselves, in the same order, where those of `tensors` only have their shapes and
-    dtypes (on device "meta"): it is read one tensor at a time.
+    dtypes (on device "meta"): it is read one tensor at a time. Returns the file's sha256.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -75,11 +75,17 @@ def save_safetensors(tensors, path, data=None):
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)                                       # data starts aligned
+    head = len(head).to_bytes(8, "little") + head
+    digest = hashlib.sha256(head)
     with replacing(path) as f:
-        f.write(len(head).to_bytes(8, "little"))
         f.write(head)
         for t in data or tensors.values():
-            f.write(t.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            content = t.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            f.write(content)
+            digest.update(content)
+            # Before the next one comes.
+            del t, content
+    return digest.hexdigest()
 
 
 def load_safetensors(path):
@@ -106,6 +112,7 @@ def iterate_safetensors(path, names=None, rows=None):
             pages = own_pages(size)
             f.readinto(memoryview(pages)[:size])
             yield name, torch.frombuffer(pages, dtype=torch.uint8)[:size].view(dtype).view(shape)
+            del pages                                                     # before the next ones
             f.seek(end)
 
 

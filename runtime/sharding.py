@@ -4,7 +4,8 @@ know which:
     one process           holds everything, and exchanges nothing
     --shard no            every rank holds everything (DDP); gradients are exchanged once a step
     --shard all, node     every rank holds its rows of each parameter, gradient and moment (FSDP2), over all ranks or
-                          over those of a node; blocks are gathered when they are needed
+                          over those of a node. A block is gathered when it is needed, what is outside of them for a
+                          whole pass
 
 Rows are the first dimension. Rank i of k holds those from i * ceil(n / k) on, ceil(n / k) of them or what is left: the
 last ones may hold fewer, or none.
@@ -15,6 +16,7 @@ import functools
 import os
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -26,14 +28,14 @@ from runtime.process import UserError
 SHARDS = ("no", "all", "node")                                            # of --shard
 
 
-def ranks_that_share(how, ranks):
+def ranks_per_copy(how, ranks):
     """How many ranks have one copy of the model among them. Raises UserError."""
     if how == "no":
         return 1
     if how == "all":
         return ranks.world
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if ranks.world % here:
+    if here * int(os.environ.get("GROUP_WORLD_SIZE", ranks.world // here)) != ranks.world:
         raise UserError(f"--shard node: {ranks.world} ranks, {here} of them on this node; expected as many on each")
     return here
 
@@ -43,11 +45,11 @@ def shard(model, how, dtype, ranks):
     SHARDS. dtype: autocast's.
 
     Blocks that are trained in float32 under bfloat16 autocast travel in bfloat16, and are computed with as they come.
-    Of what DDP does not round this rounds the weights of their norms, and the gradient of these on each rank: autocast
-    rounds matrices and biases in any case, and gradients are added in float32. What is outside of the blocks travels
+    Compared with DDP one thing more is rounded: the weights of the blocks' norms, and each rank's gradient of them.
+    (Autocast rounds matrices and biases anyway. Gradients are added in float32.) What is outside of the blocks travels
     as it is: in bfloat16 the gradient of an embedding's row would be a sum of as many rounded terms as it has tokens.
     """
-    count = ranks_that_share(how, ranks)
+    count = ranks_per_copy(how, ranks)
     if count == 1:
         return
     mesh = mesh_of(ranks.device.type, ranks.world // count, count)
@@ -57,9 +59,10 @@ def shard(model, how, dtype, ranks):
     is_float32 = all(p.dtype == torch.float32 for p in model.layers.parameters())
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=rounded if is_float32 else as_it_is)
-    # Let go after each pass like the blocks, or between two of them the model would not have its own parameters.
+    # FSDP would leave the root whole after a forward pass: parameters() would give what the optimizer does not hold.
     fully_shard(model, mesh=mesh, mp_policy=as_it_is, reshard_after_forward=True)
     register_fsdp_forward_method(model, "generate")
+    model.agree = of_rank_0
 
 
 @functools.cache                                                          # one set of process groups for all models
@@ -68,6 +71,13 @@ def mesh_of(device_type, copies, count):
     if copies == 1:
         return init_device_mesh(device_type, (count,))
     return init_device_mesh(device_type, (copies, count), mesh_dim_names=("copies", "rows"))
+
+
+def of_rank_0(t):
+    """t as rank 0 has it, on every rank. Ranks that gather weights for each token must end after the same one, also if
+    their GPUs round differently."""
+    dist.broadcast(t, 0)
+    return t
 
 
 @contextlib.contextmanager
@@ -97,20 +107,18 @@ def rows_of(p):
 
 
 def as_rows_of(p, rows, device):
-    """Rows `rows_of(p)` of a tensor, anywhere and in any dtype, as what p is: in its dtype, on the device, sharded as p
-    is. p may be on "meta"."""
+    """Rows `rows_of(p)` of a tensor, anywhere and in any dtype, as what p is: in its dtype, on the device, sharded as
+    it is. p may be on "meta"."""
     rows = rows.to(device, p.dtype)
     if not isinstance(p, DTensor):
         return rows
     return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def place(whole, p, device):
-    """The same for a whole tensor, of which no more is kept than this rank's rows."""
+def my_rows(whole, p):
+    """Rows `rows_of(p)` of a whole tensor, of which no more is kept."""
     first, stop = rows_of(p)
-    if stop - first < len(p):
-        whole = whole[first:stop].clone()
-    return as_rows_of(p, whole, device)
+    return whole if stop - first == len(whole) else whole[first:stop].clone()
 
 
 def draw_parameters(model, device):
@@ -121,7 +129,7 @@ def draw_parameters(model, device):
         if p.is_meta:
             whole = torch.empty(p.shape)
             model.initialise(name, whole)
-            drawn[name] = place(whole, p, device)
+            drawn[name] = as_rows_of(p, my_rows(whole, p), device)
     model.load_state_dict(drawn, strict=False, assign=True)
 
 

@@ -287,11 +287,11 @@ def make(directory):
     for name, change in (("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                                      "original_max_position_embeddings": 64}}), ("sharded", {"tie_word_embeddings": False}),
                          ("gpt2", {"architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu_new"}), ("qwen3", {"architectures": ["Qwen3ForCausalLM"]})):
-        limit = hf.weights.SHARD_BYTES
+        limit = hf.weights.FILE_BYTES
         if name == "sharded":
-            hf.weights.SHARD_BYTES = 200_000
+            hf.weights.FILE_BYTES = 200_000
         save_with_tokenizer(tiny(vocab_size=made["tokenizer"].n_vocab, **change), made["models"] / name)
-        hf.weights.SHARD_BYTES = limit
+        hf.weights.FILE_BYTES = limit
         (made["models"] / name / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4], "temperature": 0.5}))
         (made["models"] / name / "chat_template.jinja").write_text(TEMPLATE)
     net = tiny(vocab_size=len(SPECIAL))

@@ -15,7 +15,8 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
     # Attention in bfloat16 takes a CPU long.
     ("attention.py --dtype float32", ["Packing.attend", "length buckets", "padded rows", "block mask"]),
     ("loss.py", 2 * ["bft", "sft", "dft", "bft-v3", "cross-entropy, all logits", "materialised BFT"]),
-    ("train.py", ["ours", "transformers", "transformers, by length"])])
+    ("train.py", ["ours", "transformers", "transformers, by length"]),
+    ("generate.py", 2 * ["ours", "transformers"])])
 def test_each_prints_its_table(script, rows):
     script, *flags = script.split()
     done = forked(1, BENCH / script, "--dry", *flags, path=())

@@ -46,7 +46,7 @@ def test_the_round_trip_is_exact_and_sharded(tmp_path, family, dtype, monkeypatc
     assert all(p.dtype == dtype for p in ours.parameters())
     ours.float()                                                          # as training does; saved as it was
     for shard_bytes, files in ((20_000, "model-00001-of-*"), (10 ** 9, "model.safetensors")):   # the second over the first
-        monkeypatch.setattr(hf.weights, "SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(hf.weights, "FILE_BYTES", shard_bytes)
         hf.save_model(ours, tmp_path / "ours")
         assert list((tmp_path / "ours").glob(files)) and not list((tmp_path / "ours").glob("*.tmp"))
         again = opened_by_transformers(tmp_path / "ours")
@@ -64,7 +64,7 @@ def test_the_round_trip_is_exact_and_sharded(tmp_path, family, dtype, monkeypatc
 def test_what_is_saved_is_loaded(tmp_path, change, monkeypatch):
     model = tiny(**change)
     for shard_bytes, count in ((20_000, 4), (10 ** 9, 1)):
-        monkeypatch.setattr(hf.weights, "SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(hf.weights, "FILE_BYTES", shard_bytes)
         hf.save_model(model, tmp_path)
         assert len(list(tmp_path.glob("*.safetensors"))) == len(hf.weight_files(tmp_path)) >= count
         loaded = hf.load_model(tmp_path)
@@ -107,7 +107,7 @@ def test_rows_that_were_never_trained_are_found(tmp_path, change, shard_bytes, m
         if "tie_word_embeddings" in change:
             model.lm_head.weight[6] = 0
             expected.append(6)
-    monkeypatch.setattr(hf.weights, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(hf.weights, "FILE_BYTES", shard_bytes)
     hf.save_model(model.bfloat16(), tmp_path)
     sizes, own_pages = [], runtime.files.own_pages
     monkeypatch.setattr(runtime.files, "own_pages", lambda size: sizes.append(size) or own_pages(size))
@@ -178,7 +178,7 @@ def test_merged_adapters_are_what_transformers_reads(tmp_path, family):
 # What is refused
 
 def test_damaged_directories_are_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf.weights, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(hf.weights, "FILE_BYTES", 20_000)
     directory = tmp_path / "model"
     hf.save_model(tiny(), directory)
     index, shard = directory / "model.safetensors.index.json", next(directory.glob("model-00002*"))

@@ -7,10 +7,11 @@ import torch
 from support import tiny
 from torch.nn.parallel import DistributedDataParallel
 
+import model as model_module
 import train
 from runtime.process import run
 from runtime.ranks import Ranks
-from runtime.sharding import gather_whole, local, place, rows_of, shard
+from runtime.sharding import as_rows_of, gather_whole, local, my_rows, rows_of, shard
 
 
 def rows(ranks):
@@ -22,7 +23,7 @@ def rows(ranks):
     for name, p in model.named_parameters():
         first, stop = rows_of(p)
         assert torch.equal(local(p), whole[name][first:stop]), name
-        again = place(whole[name].double(), p, ranks.device)
+        again = as_rows_of(p, my_rows(whole[name].double(), p), ranks.device)
         assert again.dtype == p.dtype and again.placements == p.placements and torch.equal(gather_whole(again), whole[name]), name
         # No more than the rows is kept of what came.
         assert local(again).untyped_storage().nbytes() <= max(1, stop - first) * whole[name][0].nbytes, name
@@ -50,6 +51,19 @@ def rounding(ranks):
             names = [name for name in plain if kind in name and (name.startswith("layers.") or kind == "embed")]
             error = sum((plain[name] - sharded[name]).square().sum() for name in names).sqrt()
             ranks.print(norms_are_rounded, kind, float(error / sum(plain[name].square().sum() for name in names).sqrt()))
+
+
+def ends(ranks):
+    """Generation ends on all ranks after the same token, although one sees another one."""
+    model = tiny(vocab_size=11, hidden_size=16, num_attention_heads=2)
+    free, = model.generate([[1, 2, 3]], 6)
+    shard(model, "all", torch.float32, ranks)
+    next_tokens = model_module.next_tokens
+    if ranks.rank == 1:
+        model_module.next_tokens = lambda *given: torch.full_like(next_tokens(*given), 10)
+    ids, = model.generate([[1, 2, 3]], 6, stop=[10])
+    assert torch.equal(ids, free) and 10 not in free
+    ranks.print("ended")
 
 
 def main():

@@ -1,5 +1,6 @@
 """A checkpoint: what is in it, who can read it, and that it is whole or none."""
 
+import errno
 import json
 import os
 import random
@@ -240,6 +241,29 @@ def test_a_single_bit_anywhere_is_noticed(name, tmp_path):
         assert checkpoint.why_damaged(path, 6, trained, Ranks("cpu")), bit
         flip(path / name, bit)
     assert checkpoint.why_damaged(path, 6, trained, Ranks("cpu")) == ""
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
+    """It may be whole: nothing is renamed, and what the file system hides in it is nothing."""
+    trained, optimizer = state_of_a_run()
+    save_checkpoint(tmp_path, 2, trained, optimizer, 2, Ranks("cpu"))
+    (tmp_path / "checkpoint" / "step-2" / ".nfs0001").write_bytes(b"")
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+    with monkeypatch.context() as patches:
+        patches.setattr(checkpoint, "file_sha256", stale)
+        with pytest.raises(OSError, match="Stale file handle"):
+            resume_from_checkpoint(tmp_path, trained, optimizer, True, Ranks("cpu"))
+    assert resume_from_checkpoint(tmp_path, trained, optimizer, True, Ranks("cpu")) == 2
+
+
+def test_a_node_that_does_not_see_it_is_told(tmp_path, monkeypatch):
+    trained, optimizer = state_of_a_run()
+    save_checkpoint(tmp_path, 2, trained, optimizer, 2, Ranks("cpu"))
+    monkeypatch.setattr(checkpoint, "checkpoints", lambda out: [(2, None)])   # what rank 0 sees
+    with pytest.raises(UserError, match="step-2 is not there on rank 0; expected --out on a file system that all nodes share"):
+        resume_from_checkpoint(tmp_path / "elsewhere", trained, optimizer, True, Ranks("cpu"))
 
 
 @pytest.mark.slow

@@ -112,10 +112,11 @@ def test_a_sharded_run_has_the_numbers_of_ddp(family, flags, tmp_path, data_file
     model = train.GPT(hf.config_from_dict({**MODELS[family], **sizes}))
     save_with_tokenizer(model.bfloat16() if flags else model, tmp_path / "base")
     argv = ["--init", tmp_path / "base", "--data", data_file, "--val-data", data_file, "--dtype", "float32", "--steps", 3, "--batch-size", 7,
-            "--micro-tokens", 200, "--lr", "1e-3", "--group-size", "16", *flags]
+            "--micro-tokens", 200, "--lr", "1e-3", "--group-size", "16", "--grad-clip", "1e-6", *flags]
     for how in ("no", "all"):
         done = forked(2, ROOT / "train.py", *argv, "--shard", how, "--out", tmp_path / how)
         assert done.returncode == 0, done.stderr
+    assert all(line["clipped"] for line in metrics(tmp_path / "all") if "loss" in line)
     assert_same_run(tmp_path / "all", tmp_path / "no")
 
 
@@ -137,26 +138,34 @@ def assert_same_run(out, expected):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_holds_its_share_and_little_more(ranks):
-    """While it loads no more than its rows and a tensor of the file; after a step its rows of the whole state."""
+    """While it loads its rows; after a step its rows of the whole state."""
     done = forked(ranks, ROOT / "bench" / "memory.py", "--shape", "small", "--shard", "all", path=())
     assert done.returncode == 0, done.stderr
     lines = [[float(cell) for cell in line.split()] for line in done.stdout.splitlines()[-ranks:]]
-    largest_tensor = 4096 * 512 * 4 / 1e6
     for _, weights, loading, computed, held, gathered, in_a_step in lines:
         assert weights == pytest.approx(109.1 / ranks, rel=0.01)
-        assert loading < weights + largest_tensor + 15
+        assert loading < weights + 15
         assert computed == pytest.approx(436.3 / ranks, rel=0.01)
         assert 0.95 * computed < held < 1.15 * computed
-        # One process has 120 MB of activations and the like above its state.
-        assert in_a_step < computed + gathered + 120 + 100
+        # One process has 95 to 120 MB of activations and the like above its state.
+        assert in_a_step < computed + gathered + 120
+
+
+def test_ranks_that_round_differently_end_after_the_same_token():
+    """A sharded model hangs where one of them asks for another token."""
+    done = forked(2, WORKER, "ends")
+    assert done.returncode == 0 and "ended" in done.stdout, done.stderr
 
 
 def test_ranks_of_a_node_must_be_as_many_on_each(monkeypatch):
     ranks = Ranks("cpu")
     ranks.world = 6
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert [sharding.ranks_that_share(how, ranks) for how in ("no", "all")] == [1, 6]
+    assert [sharding.ranks_per_copy(how, ranks) for how in ("no", "all")] == [1, 6]
     with pytest.raises(UserError, match="--shard node: 6 ranks, 4 of them on this node; expected as many on each"):
-        sharding.ranks_that_share("node", ranks)
+        sharding.ranks_per_copy("node", ranks)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert sharding.ranks_that_share("node", ranks) == 3
+    assert sharding.ranks_per_copy("node", ranks) == 3
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")                           # of nodes: 3, 2 and 1 ranks
+    with pytest.raises(UserError, match="3 of them on this node"):
+        sharding.ranks_per_copy("node", ranks)
