@@ -10,11 +10,9 @@ Reads top to bottom in the order in which it runs: settings, the command, the lo
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import random
-import shlex
 import sys
 import time
 from collections import Counter
@@ -289,11 +287,8 @@ def files_of_the_model(settings, start, ranks):
 
 
 def describe_run(settings, objective, files, sets, ranks):
-    """What config.json of a run holds; see `runtime.run_directory.describe`. Rank 0 alone reads the files for it."""
-    record = None
-    if ranks.rank == 0:
-        record = describe(settings, objective, files, sets, optimizer_options(settings), ranks.device)
-    return json.loads(ranks.texts(json.dumps(record))[0])
+    """What config.json of a run holds; see `runtime.run_directory.describe`."""
+    return describe(settings, objective, files, sets, optimizer_options(settings), ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,12 +732,8 @@ def check_memory(config, settings, ranks):
     advice = "expected a smaller model, more memory, or more GPUs and --shard all"
     for way in ways:
         if needed(way) <= room and not (settings.init == "scratch" and "lora_rank" in way):
-            nodes = ranks.world // here
-            program = "python" if ranks.world == 1 else f"torchrun --nproc_per_node={here}"
-            if nodes > 1:
-                program += f" --nnodes={nodes} ..."
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in way.items())
-            advice = f"this needs {needed(way) / 1e9:.0f} GB: {program} {shlex.join(sys.argv)} {flags}"
+            advice = f"this needs {needed(way) / 1e9:.0f} GB: {ranks.command()} {flags}"
             break
     raise UserError(f"weights, gradients and optimizer state need {needed({}) / 1e9:.0f} GB, {ranks.device} has "
                     f"{room / 1e9:.0f} GB; {advice}")

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shlex
+import sys
 
 import numpy as np
 import torch
@@ -40,6 +42,15 @@ class Ranks:
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+    def command(self):
+        """What was typed to start us, as far as we know."""
+        program = "python"
+        if self.world > 1:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            nodes = f"--nnodes={self.world // here} ... " if self.world > here else ""
+            program = f"torchrun {nodes}--nproc_per_node={here}"
+        return f"{program} {shlex.join(sys.argv)}"
 
     def print(self, *words):
         if self.rank == 0:

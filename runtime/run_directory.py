@@ -42,12 +42,17 @@ NOT_A_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, Recurs
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run is made of
 
-def describe(settings, objective, files, sets, optimizer, device):
-    """What config.json holds: everything that made the run.
+def describe(settings, objective, files, sets, optimizer, ranks):
+    """What config.json holds: everything that made the run, the same on every rank. Rank 0 alone reads files for it.
 
     settings: a dataclass. files: {name: [paths]} of what was read. sets: data.Samples, of validation too.
     optimizer: its name and options, as a dict.
     """
+    digests = {}
+    if ranks.rank == 0:
+        digests = {name: sha256(*paths) for name, paths in files.items()}
+    digests = json.loads(ranks.texts(json.dumps(digests))[0])
+    device = ranks.device
     return {"objective": objective,
             "settings": {**asdict(settings), "objective": (objective,)},
             "optimizer": optimizer,
@@ -58,7 +63,7 @@ def describe(settings, objective, files, sets, optimizer, device):
             "dtype": str(compute_dtype(settings.dtype, device)),
             "world_size": int(os.environ.get("WORLD_SIZE", 1)),
             "threads": torch.get_num_threads(),
-            "sha256": {**{name: sha256(*paths) for name, paths in files.items()}, "tokens": tokens_sha256(*sets)}}
+            "sha256": {**digests, "tokens": tokens_sha256(*sets)}}
 
 
 def git_commit():
