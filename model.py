@@ -525,7 +525,7 @@ class Cache:
         self.column += 1
 
     def select(self, samples):
-        """Forgets the other samples."""
+        """Forgets samples other than these, a tensor of their numbers."""
         self.position, self.seen = self.position[samples], self.seen[samples]
         self.kept = {layer: (keys[samples], values[samples]) for layer, (keys, values) in self.kept.items()}
 
@@ -541,7 +541,7 @@ def continue_prompts(model, prompts, max_new_tokens, temperature, stop, chance):
     rows = list(range(len(prompts)))                                      # whose continuations are computed
     going = set(rows)                                                     # and are not over
     for i in range(max_new_tokens):
-        tokens = model.agree(next_tokens(F.linear(x, model.head), temperature, chance[rows, i:i + 1]))   # (B,)
+        tokens = model.agree(next_tokens(F.linear(x, model.head), temperature, chance[:, i:i + 1]))   # (B,)
         for number, token in zip(rows, tokens.tolist()):
             if token < 0:
                 raise ValueError("the model gives logits that are no numbers (NaN)")
@@ -554,7 +554,9 @@ def continue_prompts(model, prompts, max_new_tokens, temperature, stop, chance):
         if len(going) <= len(rows) / 2:
             # The others need not be computed any more. (To forget each as it ends would copy the cache each time.)
             kept = [row for row, number in enumerate(rows) if number in going]
-            rows, tokens = [rows[row] for row in kept], tokens[kept]
+            rows = [rows[row] for row in kept]
+            kept = torch.tensor(kept, device=device)
+            tokens, chance = tokens[kept], chance[kept]
             cache.select(kept)
         x = model.trunk(tokens, cache)
         cache.next_token()

@@ -30,8 +30,8 @@ KERNELS_OF_A_STEP = {"gpt2 all keep": 730, "gpt2 all recompute": 900, "gpt2 lora
                      "llama all keep": 1030, "llama all recompute": 1320, "llama lora keep": 1250, "llama lora recompute": 1620,
                      "qwen3 all keep": 1200, "qwen3 all recompute": 1540, "qwen3 lora keep": 1430, "qwen3 lora recompute": 1840}
 KERNELS_OF_A_MICRO_BATCH = {"weigh": 25, "objective_loss": 11, "sample_statistics": 26}
-# Two of score's are a micro-batch's, and nine or ten of generate's a prompt's or a token's.
-WAITS_OF_EVALUATION = {"score": 6, "loglikelihood": 6, "generate": 32}
+# Two of score's are a micro-batch's, and one of generate's is a token's.
+WAITS_OF_EVALUATION = {"score": 6, "loglikelihood": 6, "generate": 21}
 
 
 @pytest.fixture(scope="module")
