@@ -55,9 +55,10 @@ class GPT(nn.Module):
     those tokens. `data.collate` makes all of them. Without at: what the head would see of each token, (T, d).
 
     recompute: keep a block's input alone and compute the block again in the backward pass.
+    agree(tokens): the new tokens that all ranks go on with in `generate`, where these share the weights.
     """
     recompute = False
-    agree = staticmethod(lambda tokens: tokens)                           # over ranks, where these share the weights
+    agree = staticmethod(lambda tokens: tokens)
 
     def __init__(self, config):
         super().__init__()

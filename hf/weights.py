@@ -87,7 +87,7 @@ def fill_model(model, directory, place=lambda rows, p: rows):
                 if gpt2:
                     part = my_rows(part, parameters[name])
                 tensors[name] = place(part, parameters[name])
-            # Before the next one comes.
+            # Let go before the next one is read.
             t = part = None
     if model.config.tie_embeddings and HEAD in tensors:
         head = tensors.pop(HEAD)

@@ -1,1 +1,2 @@
-"""What keeps a run alive: ranks, signals and exit codes, files written whole, run directories, checkpoints, the log."""
+"""What keeps a run alive: ranks, sharding, signals and exit codes, files written whole, run directories, checkpoints,
+the log."""

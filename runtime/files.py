@@ -83,7 +83,7 @@ def save_safetensors(tensors, path, data=None):
             content = t.cpu().contiguous().flatten().view(torch.uint8).numpy().data
             f.write(content)
             digest.update(content)
-            # Before the next one comes.
+            # Let go before the next one is made.
             del t, content
     return digest.hexdigest()
 

@@ -43,7 +43,7 @@ NOT_A_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, Recurs
 # What a run is made of
 
 def describe(settings, objective, files, sets, optimizer, ranks):
-    """What config.json holds: everything that made the run, the same on every rank. Rank 0 alone reads files for it.
+    """What config.json holds: everything that made the run. Every rank calls it; rank 0 alone reads the files.
 
     settings: a dataclass. files: {name: [paths]} of what was read. sets: data.Samples, of validation too.
     optimizer: its name and options, as a dict.

@@ -82,10 +82,10 @@ def of_rank_0(t):
 
 @contextlib.contextmanager
 def exchange(net, is_last):
-    """The backward pass within belongs to one of a step's micro-batches, the last or not. How gradients meet:
+    """Within it one micro-batch is computed, the last of a step or not.
 
-    DDP adds them over ranks in the last one. Rows of a sharded model are added in each, since a rank that waited would
-    hold the gradient of the whole model; copies of the rows on other nodes in the last.
+    DDP adds gradients over ranks in the last one. A sharded model adds those of a rank's rows in each, since a rank
+    that waited would hold the gradient of the whole model, and those of the rows' copies on other nodes in the last.
     """
     if isinstance(net, FSDPModule):
         net.set_requires_all_reduce(is_last)

@@ -445,6 +445,28 @@ def test_prompts_of_similar_length_run_together_and_change_nothing(monkeypatch, 
     assert all(len(g) == 1 or len(g) * (max(g) + 8) <= 100 for g in groups)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_that_have_ended_make_room_and_change_nothing(temperature, monkeypatch):
+    model, kept, select = tiny(), [], model_module.Cache.select
+    prompts = [[i, i + 1][:1 + i % 2] for i in range(1, 17)]
+    free = model.generate(prompts, 20, temperature, seed=5)
+    stop = {ids[place].item() for place in (1, 4, 9) for ids in free[::2]}
+    monkeypatch.setattr(model_module.Cache, "select", lambda cache, samples: kept.append(len(samples)) or select(cache, samples))
+    stopped = model.generate(prompts, 20, temperature, stop, seed=5)
+    for ids, unstopped in zip(stopped, free):
+        end = next((i for i, token in enumerate(unstopped.tolist()) if token in stop), 20)
+        assert ids.tolist() == unstopped.tolist()[:end]
+    assert kept and kept[0] <= 8 and max(map(len, stopped)) > 1           # some went on after the others had gone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_no_numbers_write_nothing(temperature):
+    model = tiny()
+    model.norm.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match=r"logits that are no numbers \(NaN\)"):
+        model.generate([[1, 2], [3]], 4, temperature)
+
+
 @pytest.mark.parametrize("prompts,new,words", [([[]], 1, r"\[0\]"), ([[1] * 250], 7, "256 positions"), ([[1], []], 1, r"\[1, 0\]")])
 def test_generation_that_cannot_be_is_refused(prompts, new, words):
     with pytest.raises(ValueError, match=words):

@@ -23,10 +23,11 @@ def rows(ranks):
     for name, p in model.named_parameters():
         first, stop = rows_of(p)
         assert torch.equal(local(p), whole[name][first:stop]), name
-        again = as_rows_of(p, my_rows(whole[name].double(), p), ranks.device)
+        mine = my_rows(whole[name], p)
+        again = as_rows_of(p, mine.double(), ranks.device)
         assert again.dtype == p.dtype and again.placements == p.placements and torch.equal(gather_whole(again), whole[name]), name
         # No more than the rows is kept of what came.
-        assert local(again).untyped_storage().nbytes() <= max(1, stop - first) * whole[name][0].nbytes, name
+        assert mine.untyped_storage().nbytes() == mine.nbytes, name
     ranks.print("rows", *ranks.texts(str(rows_of(model.embed_tokens.weight))))
 
 
@@ -45,6 +46,10 @@ def rounding(ranks):
             settings = train.Settings(micro_tokens=60, compile=False, group_size=split_worker.GROUP_SIZE)
             train.forward_backward(net, batch, "bft", settings, ranks, torch.bfloat16)
             gradients.append({name: gather_whole(p.grad) for name, p in model.named_parameters()})
+            # Of the whole gradient, and a number for whoever looks at it on one rank.
+            norm = train.clip_gradient(train.trained_parameters(model), 0)
+            expected = sum(gradient.square().sum() for gradient in gradients[-1].values()).sqrt()
+            assert type(norm) is torch.Tensor and torch.isclose(norm, expected)
         plain, sharded = gradients
         assert all(gradient.dtype == torch.float32 for gradient in sharded.values())
         for kind in ("norm", "proj", "embed"):
