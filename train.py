@@ -30,16 +30,17 @@ import hf
 from data import TEMPLATE_HELP, Samples, bucket, collate, deal, global_batch, load_samples, parse_templates
 from experiment import job as default_job
 from model import GPT
-from runtime.checkpoint import resume_from_checkpoint, save_checkpoint
+from runtime.checkpoint import not_finite, resume_from_checkpoint, save_checkpoint
 from runtime.device import autocast, compute_dtype, memory_bytes, peak_memory_gb
 from runtime.files import write_whole
 from runtime.flags import add_flags, check_bounds, flag, spelled
 from runtime.log import append_metrics
 from runtime.node import once_a_node
+from runtime.one_writer import check_still_ours, only_writer
 from runtime.process import Parser, Stop, UserError, leave_after_a_signal, run
 from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
-from runtime.run_directory import begin, check_out, describe, is_finished, tokens_sha256
+from runtime.run_directory import begin, check_out, check_unchanged, describe, is_finished, tokens_sha256
 from runtime.sharding import SHARDS, draw_parameters, exchange, gather_whole, is_sharded, ranks_per_copy, shard
 from tasks.scoring import score
 
@@ -195,8 +196,9 @@ def finetune(settings, ranks):
     for objective, out in outs.items():
         check_out(out, records[objective], settings.resume)
     for objective, out in outs.items():
-        directory = train(settings, objective, out, records[objective], start.config, start.directory, samples,
-                          validation, extra_files, ranks)
+        with only_writer(out, ranks):
+            directory = train(settings, objective, out, records[objective], start.config, start.directory, samples,
+                              validation, extra_files, ranks)
         ranks.print(f"{objective}: the model is in {directory}")
 
 
@@ -312,7 +314,8 @@ class Step(NamedTuple):
 
 
 def train(settings, objective, out, record, config, start, samples, validation, extra_files, ranks):
-    """Trains one objective into the run directory `out`, which `check_out` has looked at; returns that of the model.
+    """Trains one objective into the run directory `out`, which `check_out` has looked at, and of which we are the only
+    writer; returns that of the model.
 
     record: what `describe_run` says of the run. config, start: the GPTConfig of the starting model, and its directory
     (None: random weights). samples, validation: data.Samples (validation may be empty). extra_files: {file name: bytes}
@@ -326,11 +329,12 @@ def train(settings, objective, out, record, config, start, samples, validation, 
         settings = replace(settings, compile=ranks.device.type == "cuda")
     dtype = compute_dtype(settings.dtype, ranks.device)
     model = prepare_model(config, start, settings, dtype, ranks)
+    check_start(start, record, ranks)
     trained = trained_parameters(model)
     optimizer = make_optimizer(trained, settings)
     first_step = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)   # steps done
     # The log may have the validation of this step already.
-    validated = begin(out, record, first_step, settings.resume, ranks)
+    run_id, validated = begin(out, record, first_step, settings.resume, ranks)
     net = wrap(model, settings, dtype, ranks)
     log = StepLog(out, objective, model, samples, first_step, total, settings, dtype, ranks)
 
@@ -360,13 +364,16 @@ def train(settings, objective, out, record, config, start, samples, validation, 
             due = what_is_due(done, total, settings, validation)
             if due.look or done == first_step + 1 or received:
                 log.write()                                               # ends the run if a number is not finite
+                if due.validate or due.save or received:
+                    check_numbers(model, trained, optimizer, done, ranks)   # likewise
                 if due.validate and not received:
                     received = validate(model, validation, done, log, stop)
                 if due.save or received:
-                    save_checkpoint(out, done, trained, optimizer, settings.keep, ranks)
+                    save_checkpoint(out, done, trained, optimizer, settings.keep, ranks, run_id)
                 log.restart_clock()
         leave_after_a_signal(received or ranks.largest(stop.signal), out, done, ranks)
-    save_result(out, model, start, settings, extra_files, ranks)
+    check_still_ours(out, run_id, ranks)
+    save_result(out, model, start, record, extra_files, ranks)
     return out / "model"
 
 
@@ -534,16 +541,45 @@ def validate(model, samples, step, log, stop):
     return received
 
 
-def save_result(out, model, start, settings, extra_files, ranks):
-    """The trained model as a Hugging Face directory, with the files that go with it."""
-    is_first = ranks.rank == 0
-    if is_first:
-        (out / "model").mkdir(exist_ok=True)
-        for name, content in extra_files.items():
-            write_whole(out / "model" / name, [content])
+def check_numbers(model, trained, optimizer, step, ranks):
+    """On every rank it exits with code 1 if not all numbers of a checkpoint, or of the model that will be saved, are
+    finite: nothing is saved from there on."""
+    names = not_finite(trained, optimizer, model.file_dtypes)
+    names = " ".join(ranks.texts(" ".join(names))).split()
+    if not names:
+        return
+    if ranks.rank == 0:
+        print(f"error: step {step}: {', '.join(names[:5])}: infinite or no number, or beyond the dtype of the model's "
+              "file; stopped, and nothing was saved since", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def save_result(out, model, start, record, extra_files, ranks):
+    """The trained model as a Hugging Face directory, with the files that go with it. Raises UserError."""
+    directory, is_first = out / "model", ranks.rank == 0
     # Adapters go into the weights as they were, not as they were rounded for training.
-    hf.save_model(model, out / "model", start if settings.lora_rank else None, writes=is_first)
-    ranks.barrier()
+    base = start if record["settings"]["lora_rank"] else None
+    check_start(base, record, ranks)
+    if is_first:
+        directory.mkdir(exist_ok=True)
+        for name, content in extra_files.items():
+            write_whole(directory / name, [content])
+    try:
+        hf.save_model(model, directory, base, writes=is_first)
+    except ValueError as e:
+        raise UserError(f"{directory} was not saved: {e}") from None
+    try:
+        check_start(base, record, ranks)
+    except UserError:
+        # A directory without it is unfinished.
+        (directory / "config.json").unlink(missing_ok=True)
+        raise
+
+
+def check_start(start, record, ranks):
+    """Raises UserError, on every rank, if the files in a directory that was read again are not those on record."""
+    if start and "init" in record["sha256"]:
+        check_unchanged(record, "init", [start / "config.json", *hf.weight_files(start)], ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from experiment.report import introduce, render, summarise
 from hf import files_beside_model, llama_config, load_tokenizer, load_weights
 from runtime.device import compute_dtype
 from runtime.files import write_whole
+from runtime.one_writer import only_writer
 from runtime.process import UserError
 from runtime.run_directory import ROUNDING, WITHOUT_EFFECT, check_out
 from runtime.workers import map_in_workers
@@ -241,8 +242,9 @@ class Job:
         """Trains a model, if it is not there yet, and asks it: its entry in results.json."""
         settings, is_base = training.settings, training.start is None
         self.ranks.quiet = not is_base
-        directory = self.train(settings, training.objective, training.out, training.config, self.model_config,
-                               training.start, training.samples, [], self.beside_model, self.ranks)
+        with only_writer(training.out, self.ranks):
+            directory = self.train(settings, training.objective, training.out, training.config, self.model_config,
+                                   training.start, training.samples, [], self.beside_model, self.ranks)
         if not is_base and self.ranks.rank == 0:
             # It is finished, and the checkpoints of so many would fill a disk.
             shutil.rmtree(training.out / "checkpoint", ignore_errors=True)

@@ -12,7 +12,7 @@ import torch
 from hf.config import load_config
 from hf.hub import find_directory
 from model import GPT
-from runtime.files import iterate_safetensors, safetensors_layout, save_safetensors, write_whole
+from runtime.files import all_finite, iterate_safetensors, safetensors_layout, save_safetensors, write_whole
 from runtime.sharding import gather_whole, is_sharded, local, my_rows, rows_of
 
 
@@ -44,7 +44,8 @@ def load_model(directory_or_hub_id):
     """The GPT of a Hugging Face directory (or of a repository id, which is downloaded), on the CPU, in the dtype of its
     files. They are read tensor by tensor, so that no more memory is used than for the model and one tensor.
 
-    Raises FileNotFoundError if a file is missing, and ValueError if one is damaged or not what we support.
+    Raises FileNotFoundError if a file is missing, and ValueError if one is damaged, not what we support, or has values
+    that are not finite.
     """
     directory = find_directory(directory_or_hub_id)
     weight_files(directory)
@@ -83,6 +84,8 @@ def fill_model(model, directory, place=lambda rows, p: rows):
     tensors = {}
     for file in files:
         for name_in_file, t in iterate_safetensors(file, rows=rows):
+            if not all_finite(t):
+                raise ValueError(f"{file}: {name_in_file} has values that are infinite or no numbers")
             for name, part in as_ours(name_in_file, t, gpt2):
                 if gpt2:
                     part = my_rows(part, parameters[name])
@@ -283,7 +286,11 @@ def merged(name, model, places, writes):
         b = gather_whole(module.lora_b.detach()).cpu()   # (out, rank)
         if writes:
             whole = whole.float() + module.scale * (b @ a)   # (out, in)
-    return whole.to(dtype) if writes else torch.empty(p.shape, device="meta")
+    if not writes:
+        return torch.empty(p.shape, device="meta")
+    if not all_finite(whole, dtype):
+        raise ValueError(f"{name} has values that are infinite, no numbers, or beyond {dtype}, the dtype of its file")
+    return whole.to(dtype)
 
 
 def find_tensors(files, gpt2):

@@ -3,15 +3,17 @@
     checkpoint/step-N/
         shard-00001-of-00003.safetensors    rows of every trained parameter ("model.NAME") and of its optimizer state
                                             ("exp_avg.NAME", ...): a file of each rank that holds some, in their order
-        state.json                          written last: the step, the files' checksums, the parameters' shapes and
-                                            dtypes, the optimizer's options and its numbers (AdamW's `step`)
+        state.json                          written last: the run's id, the step, the files' checksums, the optimizer's
+                                            options and its numbers (AdamW's `step`)
 
 A checkpoint is written as step-N.tmp, which becomes step-N when all of it is on the disk.
 """
 
 import collections
 import hashlib
+import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from runtime.files import (
+    all_finite,
     file_sha256,
     iterate_safetensors,
     safetensors_layout,
@@ -27,6 +30,7 @@ from runtime.files import (
     sync_directory,
     write_whole,
 )
+from runtime.one_writer import check_still_ours, run_id_of
 from runtime.process import UserError
 from runtime.sharding import as_rows_of, local, rows_of
 
@@ -41,12 +45,14 @@ def checkpoints(out):
 # ---------------------------------------------------------------------------------------------------------------------
 # Out
 
-def save_checkpoint(out, step, trained, optimizer, keep, ranks):
-    """Whole or not at all, then the ones before the last `keep` go. trained: {name: parameter}.
+def save_checkpoint(out, step, trained, optimizer, keep, ranks, run_id):
+    """Whole or not at all, then the ones before the last `keep` go. trained: {name: parameter}. run_id: of the run in
+    `out`, as `runtime.run_directory.begin` gave it. Raises UserError if it is another run's now.
 
     Every rank calls this, and writes what it holds. Raises OSError, naming the file, on the first of those that could
     not; the others wait for it to end the run.
     """
+    check_still_ours(out, run_id, ranks)
     path = out / "checkpoint" / f"step-{step}"
     unfinished = beside(path, "tmp")
     failure, written = None, {}
@@ -61,7 +67,7 @@ def save_checkpoint(out, step, trained, optimizer, keep, ranks):
         return
     files = {name: digest for written in written_by_rank for name, digest in written.items()}
     try:
-        write_state(unfinished, step, files, trained, optimizer)
+        write_state(unfinished, run_id, step, files, trained, optimizer)
         unfinished.replace(path)
         sync_directory(path.parent)
     except OSError:
@@ -115,17 +121,27 @@ def optimizer_state(trained, optimizer):
             yield f"{kind}.{name}", value
 
 
-def write_state(directory, step, files, trained, optimizer):
+def not_finite(trained, optimizer, dtypes):
+    """The names of what a checkpoint must not hold, of the rows of this rank: parameters and moments in which something
+    is infinite or NaN, or will be in the dtype of its file ({name: dtype}, for those that have one)."""
+    names = [name for name, p in trained.items() if not all_finite(local(p.detach()), dtypes.get(name))]
+    names += [key for key, value in optimizer_state(trained, optimizer) if not all_finite(local(value))]
+    return names
+
+
+def write_state(directory, run_id, step, files, trained, optimizer):
     """Writes state.json, by which a checkpoint is whole. files: {file name: sha256}."""
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     numbers = {key: value.item() for key, value in optimizer_state(trained, optimizer) if value.dim() == 0}
-    state = {"step": step, "files": files, "parameters": shapes_and_dtypes(trained), "groups": groups,
-             "numbers": numbers}
+    state = {"run_id": run_id, "step": step, "files": files, "groups": options_of(optimizer), "numbers": numbers}
     write_whole(directory / "state.json", [sealed(state)])
 
 
-def shapes_and_dtypes(trained):
-    return {name: [*p.shape, str(p.dtype)] for name, p in trained.items()}
+def options_of(optimizer):
+    """[{option: value}] of its groups of parameters: the learning rate, and all that is not 0 or off. (A newer torch
+    may know more options.)"""
+    groups = [{key: value for key, value in group.items() if key == "lr" or value and key != "params"}
+              for group in optimizer.param_groups]
+    return json.loads(json.dumps(groups))                                 # a tuple becomes a list, as in the file
 
 
 def sealed(state):
@@ -145,16 +161,18 @@ def resume_from_checkpoint(out, trained, optimizer, resume, ranks):
     When it returns, every rank has looked: from then on rank 0 may write.
     """
     # Disks may be slow to agree: rank 0 sees for all.
-    steps = [step for step, _ in checkpoints(out)] if resume and ranks.rank == 0 else []
+    seen = []
+    if ranks.rank == 0:
+        seen = [run_id_of(out / "config.json"), [step for step, _ in checkpoints(out)] if resume else []]
+    run_id, steps = json.loads(ranks.texts(json.dumps(seen))[0])
     start, damaged = 0, {}
-    for step in reversed(json.loads(ranks.texts(json.dumps(steps))[0])):
+    for step in reversed(steps):
         path = out / "checkpoint" / f"step-{step}"
-        reasons = [reason for reason in ranks.texts(why_damaged(path, step, trained, ranks)) if reason]
-        if not reasons:
-            load_checkpoint(path, trained, optimizer)
+        reason = load_or_say_why_not(path, run_id, step, trained, optimizer, ranks)
+        if not reason:
             start = step
             break
-        damaged[path] = reasons[0]
+        damaged[path] = reason
     if damaged and not start:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
         raise UserError(f"no checkpoint of {out} can be loaded ({reasons}); --no-resume starts again over it")
@@ -169,7 +187,17 @@ def resume_from_checkpoint(out, trained, optimizer, resume, ranks):
     return start
 
 
-def why_damaged(path, step, trained, ranks):
+def load_or_say_why_not(path, run_id, step, trained, optimizer, ranks):
+    """Returns "" if the checkpoint was loaded, else why it cannot be; the same on every rank."""
+    reasons = ranks.texts(why_damaged(path, run_id, step, trained, optimizer, ranks))
+    if not any(reasons):
+        load_checkpoint(path, trained, optimizer)
+        names = " ".join(not_finite(trained, optimizer, {}))
+        reasons = [f"infinite or no number: {names[:200]}" for names in ranks.texts(names) if names]
+    return next(filter(None, reasons), "")
+
+
+def why_damaged(path, run_id, step, trained, optimizer, ranks):
     """Why this checkpoint cannot be loaded, "" if nothing is seen. Each rank looks at state.json, and at its part of
     the other files. Raises OSError for a disk that cannot be read, on which it may be whole, and UserError if this rank
     does not see it at all."""
@@ -178,8 +206,10 @@ def why_damaged(path, step, trained, ranks):
                         "share")
     try:
         state = read_state(path)
-        if state["step"] != step or state["parameters"] != shapes_and_dtypes(trained):
-            raise ValueError("it is of another step or another model")
+        if state["run_id"] != run_id:
+            raise ValueError("it is of another run than config.json")
+        if state["step"] != step:
+            raise ValueError(f"it is of step {state['step']}")
         # Hidden files are the file system's.
         present = {name for name in os.listdir(path) if not name.startswith(".")}
         misfits = present ^ {*state["files"], "state.json"}
@@ -188,6 +218,7 @@ def why_damaged(path, step, trained, ranks):
         for name in sorted(state["files"])[ranks.rank::ranks.world]:
             if file_sha256(path / name) != state["files"][name]:
                 raise ValueError(f"{name} is damaged")
+        check_contents(path, state, trained, optimizer)
     except Exception as e:                                                # whatever a damaged file leads to
         if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
             raise
@@ -205,6 +236,49 @@ def read_state(path):
     return state
 
 
+def check_contents(path, state, trained, optimizer):
+    """Raises ValueError if a checkpoint has other options, or other numbers, than these parameters and their optimizer
+    have. Of the files only the headers are read."""
+    saved, options = state["groups"], options_of(optimizer)
+    for group in (*saved, *options):
+        # It changes with the steps.
+        del group["lr"]
+    if saved != options:
+        raise ValueError("its optimizer has other options")
+    # {(key, all dimensions but the first, dtype): rows}; of a number, {(key,): 1}.
+    found, expected = collections.Counter(), collections.Counter()
+    for name in state["files"]:
+        with open(path / name, "rb") as f:
+            for key, dtype, (count, *others) in safetensors_layout(f):
+                found[key, *others, str(dtype)] += count
+    for key in state["numbers"]:
+        found[key,] = 1
+    kinds = state_of_a_parameter(optimizer)
+    for name, p in trained.items():
+        expected[f"model.{name}", *p.shape[1:], str(p.dtype)] = len(p)
+        for kind, value in kinds.items():
+            if value.dim() > 0:
+                expected[f"{kind}.{name}", *p.shape[1:], str(p.dtype)] = len(p)
+            else:
+                expected[f"{kind}.{name}",] = 1
+    if found != expected:
+        different = {key for key, *_ in found - expected | expected - found}
+        raise ValueError(f"missing, unexpected or of another shape: {', '.join(sorted(different)[:5])}")
+    for key, number in state["numbers"].items():
+        if not math.isfinite(number):
+            raise ValueError(f"{key} is {number}")
+
+
+def state_of_a_parameter(optimizer):
+    """{kind: tensor} that an optimizer like this keeps of a parameter: it shows after a step."""
+    accepted = inspect.signature(type(optimizer)).parameters
+    p = torch.zeros(1, 1, requires_grad=True)
+    p.grad = torch.zeros(1, 1)
+    like = type(optimizer)([p], **{key: value for key, value in optimizer.defaults.items() if key in accepted})
+    like.step()
+    return like.state[p]
+
+
 def load_checkpoint(path, trained, optimizer):
     """Gives the parameters and the optimizer what a whole checkpoint has: the rows that this rank holds."""
     saved = read_state(path)
@@ -219,7 +293,7 @@ def load_checkpoint(path, trained, optimizer):
     names = {p: name for name, p in trained.items()}
     groups = []
     for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
-        groups.append({**options, "params": [names[p] for p in group["params"]]})
+        groups.append({**group, "lr": options["lr"], "params": [names[p] for p in group["params"]]})
     # torch's own state dicts number the parameters; any key will do, and ours are names.
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -50,6 +50,15 @@ def file_sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def all_finite(t, dtype=None):
+    """Whether every number of a tensor is finite, and would be in this dtype. No copy of it is made."""
+    if t.numel() == 0:
+        return True
+    # NaN, if there is one.
+    extremes = torch.stack(torch.aminmax(t))
+    return bool(extremes.to(dtype or t.dtype).isfinite().all())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # safetensors: 8 bytes of length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, the raw tensors.
 

@@ -3,7 +3,10 @@
 import contextlib
 import os
 import shlex
+import signal
 import sys
+import threading
+import time
 
 import numpy as np
 import torch
@@ -30,6 +33,8 @@ class Ranks:
         """Joins the others. Raises UserError where there are some and torchrun did not start us."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
         if self.world == 1:
             return
         try:
@@ -87,3 +92,13 @@ class Ranks:
 
     def barrier(self):
         self.largest(0)
+
+
+def end_with(launcher):
+    """Ends this process after that of torchrun, if it was killed and could not do so itself: as it does, with SIGTERM,
+    at which a training saves a checkpoint, and 30 seconds."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+    os._exit(128 + signal.SIGTERM)

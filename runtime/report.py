@@ -3,9 +3,7 @@
 import importlib
 import json
 import os
-import uuid
 
-from runtime.files import write_whole
 from runtime.process import UserError
 
 
@@ -47,21 +45,18 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of wandb, whose own files are in OUT/wandb. One that goes on keeps its id; of steps that it has already the
-    first lines stay."""
+    """A run of wandb, whose own files are in OUT/wandb. One that goes on is one there too, by its id; of steps that
+    it has already the first lines stay."""
 
     def __init__(self, out):
         import wandb
-        file = out / "wandb" / "id"
-        if not file.is_file():
-            file.parent.mkdir(exist_ok=True)
-            write_whole(file, [uuid.uuid4().hex.encode()])
+        record = json.loads((out / "config.json").read_bytes())
+        (out / "wandb").mkdir(exist_ok=True)
         try:
             # Or it would ask at the terminal for a key, and look at all that we print.
             wandb.setup(wandb.Settings(silent=True, console="off"))
             self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "balanced-fine-tuning"), name=str(out),
-                                  id=file.read_text(), resume="allow", dir=out,
-                                  config=json.loads((out / "config.json").read_bytes()))
+                                  id=record["run_id"], resume="allow", dir=out, config=record)
         except Exception as e:
             # No key, no network, a run that was deleted: the library's words say which.
             raise UserError(f"--report wandb: {e}") from None

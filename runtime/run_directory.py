@@ -4,6 +4,7 @@
     metrics.jsonl             a line a step
     checkpoint/step-N/        weights that are trained, and the optimizer's state
     model/                    the result as a Hugging Face directory
+    writer.lock               see runtime/one_writer.py
     tensorboard/, wandb/      what --report wrote
 """
 
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -25,6 +27,7 @@ from runtime.checkpoint import checkpoints
 from runtime.device import compute_dtype
 from runtime.files import file_sha256, write_whole
 from runtime.log import read_metrics
+from runtime.one_writer import run_id_of
 from runtime.process import UserError
 
 
@@ -92,11 +95,35 @@ def device_name(device):
     return platform.processor() or platform.machine()
 
 
-@functools.cache                                                          # weights are large; several runs share them
 def sha256(*paths):
-    """The digest of a file, or a list of those of several."""
-    digests = [file_sha256(path) for path in paths]
+    """The digest of a file as it is now, or a list of those of several."""
+    digests = [digest_of_state(path, *state_of(path)) for path in paths]
     return digests[0] if len(paths) == 1 else digests
+
+
+def state_of(path):
+    """What changes whenever somebody writes to this file, or puts another in its place."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@functools.cache                                                          # weights are large, and looked at repeatedly
+def digest_of_state(path, *state):
+    return file_sha256(path)
+
+
+def check_unchanged(record, name, paths, ranks):
+    """Raises UserError, on every rank, if these files are no longer those of this name in a run's record."""
+    failure = ""
+    if ranks.rank == 0:
+        try:
+            if sha256(*paths) != record["sha256"][name]:
+                failure = f"{paths[0].parent}: its files have changed since the command began"
+        except OSError as e:
+            failure = f"{e.filename}: {e.strerror}"
+    failure, *_ = ranks.texts(failure)
+    if failure:
+        raise UserError(f"{failure}; expected the weights that this run started from")
 
 
 @functools.lru_cache(maxsize=1)                                           # objectives share them
@@ -160,7 +187,7 @@ def check_out(out, record, resume):
     try:
         another_run, _ = differences(json.loads((out / "config.json").read_bytes()), record)
     except NOT_A_CONFIG:
-        if out.exists() and any(path.suffix != ".tmp" for path in out.iterdir()):
+        if out.exists() and any(path.suffix not in (".tmp", ".lock") for path in out.iterdir()):
             raise UserError(f"--out {out} is there and is no run directory; expected a new path, or a run") from None
         return
     if resume and another_run:
@@ -174,33 +201,38 @@ def is_finished(out, total, resume, ranks):
     if ranks.rank == 0 and resume:
         saved = checkpoints(out)
         # The default job deletes the checkpoints of what it has trained.
-        finished = (not saved or saved[-1][0] == total) and (out / "model" / "config.json").is_file()
+        finished = (out / "model" / "config.json").is_file()
+        if saved:
+            step, path = saved[-1]
+            finished &= step == total and run_id_of(path / "state.json") in ("", run_id_of(out / "config.json"))
     return bool(ranks.largest(finished))
 
 
 def begin(out, record, start, resume, ranks):
-    """Rank 0 makes `out` ready for a run that goes on after step `start`. Returns whether that step has been validated
-    already, the same on every rank.
+    """Rank 0 makes `out` ready for a run that goes on after step `start`. Returns (the run's id, whether that step has
+    been validated already), the same on every rank.
 
     Of a run that goes on, config.json keeps under "earlier" how the steps so far were made, and the log is cut back to
     where the checkpoint is. Without resume, what an earlier run left goes.
     """
-    lines = []
+    lines, run_id = [], ""
     if ranks.rank == 0:
         if not resume:
             remove_earlier_run(out)
+        run_id = run_id_of(out / "config.json") if start else secrets.token_hex(8)
         if start:
             record = with_history(out, record, start, ranks)
             lines = read_metrics(out / "metrics.jsonl", start)
             if sum("loss" in line for line in lines) != start:
                 ranks.print(f"warning: {out}/metrics.jsonl has not all of the {start} steps before; lines were lost")
-        out.mkdir(parents=True, exist_ok=True)
+        record = {"run_id": run_id, **record}
         write_whole(out / "config.json", [json.dumps(record, indent=2).encode()])   # first: by it a run is known
         (out / "checkpoint").mkdir(exist_ok=True)
         for unfinished in (out / "checkpoint").glob("*.tmp"):             # of a run that was killed while it wrote
             shutil.rmtree(unfinished)
         write_whole(out / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
-    return bool(ranks.largest(any("val_nll" in line for line in lines if line["step"] == start)))
+    run_id, *_ = ranks.texts(run_id)
+    return run_id, bool(ranks.largest(any("val_nll" in line for line in lines if line["step"] == start)))
 
 
 def remove_earlier_run(out):

@@ -141,9 +141,11 @@ def test_loading_holds_the_model_once(tmp_path, family):
         big |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 1024, "n_layer": 6, "n_head": 4, "n_positions": 256}
         big |= dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
                               "max_position_embeddings"))
-    with torch.device("meta"):                                            # no matter what its numbers are
-        model = GPT(hf.config_from_dict({**LLAMA, **big})).bfloat16()
-    hf.save_model(model.to_empty(device="cpu"), tmp_path)
+    with torch.device("meta"):
+        model = GPT(hf.config_from_dict({**LLAMA, **big})).bfloat16().to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)                                           # faster than normal ones
+    hf.save_model(model, tmp_path)
     measure = """
 import sys, torch
 import hf
@@ -216,6 +218,34 @@ def test_damaged_directories_are_refused_by_name(tmp_path, monkeypatch):
     for opening in (hf.load_weights, hf.open_model):
         with pytest.raises(UserError, match="no model there.*not read"):
             opening(directory)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_not_read(number, dtype, tmp_path):
+    hf.save_model(tiny().to(dtype), tmp_path)
+    tensors = load_safetensors(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = number
+    save_safetensors(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors: model.layers.1.mlp.up_proj.weight has values that are infinite or no numbers"):
+        hf.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 7e4])
+@pytest.mark.parametrize("where", ["weight", "adapter"])
+def test_weights_that_are_none_in_their_file_are_not_written(number, where, tmp_path):
+    """7e4 is beyond float16."""
+    hf.save_model(tiny().half(), tmp_path / "base")
+    model = hf.load_model(tmp_path / "base").float()
+    model.add_lora(2, 2.0)
+    projection = model.layers[1].self_attn.q_proj
+    if where == "adapter":
+        projection.lora_a.data[0, 0], projection.lora_b.data[3, 0] = 1.0, number
+    else:
+        projection.weight.data[3, 0] = number
+    with pytest.raises(ValueError, match="layers.1.self_attn.q_proj.weight has values that are infinite, no numbers, or beyond torch.float16"):
+        hf.save_model(model, tmp_path / "saved", tmp_path / "base" if where == "adapter" else None)
+    assert not (tmp_path / "saved" / "config.json").exists()
 
 
 def test_hub_ids_are_downloaded_or_explained(tmp_path, monkeypatch):

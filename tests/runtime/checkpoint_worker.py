@@ -109,7 +109,7 @@ def main():
     if write == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 10, 2 ** 10))
         write = 99
-    save_checkpoint(directory, int(write), trained, optimizer, 9, ranks)
+    save_checkpoint(directory, int(write), trained, optimizer, 9, ranks, "")
     ranks.barrier()
 
 

@@ -13,6 +13,7 @@ comes in the middle of it, after its backward pass:
     raise            the rank has a bug
     full             the disk is full from then on (no file may grow beyond 64 kB, which the system calls by another name)
     sigterm-full     both
+    infinite         a weight that the rank holds becomes so
     nan, zero        the loss and its gradient are multiplied by it from then on, on every rank
     ... once         as above, but not if RANK STEP were said before, by a process that this one restarts
 """
@@ -28,6 +29,7 @@ import torch
 import bft
 import train
 from runtime.process import run
+from runtime.sharding import local
 
 
 def main():
@@ -45,6 +47,8 @@ def main():
                 "once" not in rest or os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"):
             if fault == "raise":
                 raise ZeroDivisionError("a bug of this rank alone")
+            if fault == "infinite":
+                local(list(args[0].parameters())[-1].detach())[-1] = torch.inf
             if fault.endswith("full"):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 16, 2 ** 16))
             for _ in range(fault.startswith("sig") + fault.endswith("2")):

@@ -8,6 +8,7 @@ ranks. The same command must then go on from a checkpoint, and end with the bits
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -84,13 +85,21 @@ def assert_same(a, b):
     """Two finished runs have the same log, weights and optimizer, to the bit."""
     assert metrics(a) == metrics(b)
     assert contents(a / "model") == contents(b / "model")
-    assert contents(a / "checkpoint" / f"step-{STEPS}") == contents(b / "checkpoint" / f"step-{STEPS}")
+    (ours, our_state), (theirs, their_state) = (checkpoint_of(out / "checkpoint" / f"step-{STEPS}") for out in (a, b))
+    assert ours == theirs and our_state == their_state
 
 
 def contents(directory):
     """{name: bytes} of the files in it and below."""
     assert directory.is_dir()
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def checkpoint_of(path):
+    """({name: bytes}, what state.json says but for whose run it is)."""
+    files = contents(path)
+    state = json.loads(files.pop("state.json"))
+    return files, {key: value for key, value in state.items() if key not in ("run_id", "sha256")}
 
 
 def ranks_of(kind):

@@ -162,7 +162,6 @@ def test_other_settings_are_another_run(change, directory, tmp_path, monkeypatch
         path.write_text(path.read_text() + '{"text": "one more"}\n')
     else:
         argv += change
-    run_directory.sha256.cache_clear()                                            # files do not change under a running process
     capsys.readouterr()
     assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 2
     name = f"another content of {change}" if isinstance(change, str) else change[0].strip("-").replace("-", "_")
@@ -370,7 +369,7 @@ def test_a_run_killed_before_its_first_file_was_whole(directory, tmp_path, monke
         raise SystemExit(-9)
     monkeypatch.setattr(run_directory, "write_whole", killed)
     assert call(monkeypatch, *argv) == -9 and written == ["config.json"]
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json.tmp"]   # by config.json a run is known: it comes first
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json.tmp", "writer.lock"]   # by config.json a run is known: it comes first
     monkeypatch.setattr(run_directory, "write_whole", write)
     assert call(monkeypatch, *argv) == 0 and steps_saved(tmp_path / "run") == [1]
 
@@ -433,6 +432,39 @@ def test_a_number_that_is_none_stops_every_rank_at_its_step(three, tmp_path):
     assert metrics(tmp_path)[-1]["step"] == 4 and steps_saved(tmp_path) == [3]
     saved = load_safetensors(tmp_path / "checkpoint" / "step-3" / FILE)
     assert all(t.isfinite().all() for t in saved.values())
+
+
+@pytest.mark.parametrize("number, dtype, is_saved", [(math.inf, torch.float32, False), (math.nan, torch.float32, False), (7e4, torch.float32, True),
+                                                     (7e4, torch.float16, False), (6e4, torch.float16, True)])
+def test_weights_that_their_file_cannot_hold_are_not_saved(number, dtype, is_saved, tmp_path, directory, monkeypatch, capsys):
+    """The loss and the gradient of the step before were finite. A base in float16, which ends at 65,504, is trained in float32."""
+    argv = kill.command("three ranks", directory)
+    base = shutil.copytree(directory / "base", tmp_path / "base")
+    tensors = load_safetensors(base / "model.safetensors")
+    save_safetensors({name: t.to(dtype) for name, t in tensors.items()}, base / "model.safetensors")
+    step = torch.optim.AdamW.step
+
+    def grow(self):
+        step(self)
+        self.param_groups[0]["params"][0].data[190] = number                # of a byte that no text has
+    monkeypatch.setattr(torch.optim.AdamW, "step", grow)
+    code = call(monkeypatch, *argv, "--init", base, "--steps", 1, "--out", tmp_path / "run")
+    if is_saved:
+        assert code == 0 and load_safetensors(tmp_path / "run" / "model" / "model.safetensors")["model.embed_tokens.weight"][190, 0] == number
+    else:
+        assert code == 1 and steps_saved(tmp_path / "run") == [] and not (tmp_path / "run" / "model").exists()
+        error = capsys.readouterr().err
+        assert error.startswith("error: step 1: embed_tokens.weight: infinite or no number, or beyond the dtype of the model's file;")
+
+
+@pytest.mark.slow
+def test_a_weight_of_one_rank_that_is_no_number_ends_all(sharded, tmp_path):
+    """The last rows are rank 2's alone."""
+    argv, _ = sharded
+    code, output = finish(3, "infinite 2 3", *argv, "--out", tmp_path / "run")
+    assert code == 1 and errors(output) == ["error: step 3: norm.weight: infinite or no number, or beyond the dtype of the model's file; stopped, "
+                                            "and nothing was saved since"], output
+    assert steps_saved(tmp_path / "run") == []
 
 
 @pytest.mark.slow

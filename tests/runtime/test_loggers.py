@@ -99,7 +99,7 @@ def test_both_have_the_lines_of_the_log_and_change_nothing(tmp_path, monkeypatch
     lines, settings, run = wandb_lines(file)
     config = json.loads((out / "config.json").read_text())
     assert lines == pytest.approx(expected) and {key: settings[key] for key in config} == config
-    assert (run.project, run.display_name, run.run_id) == ("balanced-fine-tuning", str(out), (out / "wandb" / "id").read_text())
+    assert (run.project, run.display_name, run.run_id) == ("balanced-fine-tuning", str(out), json.loads((out / "config.json").read_text())["run_id"])
 
 
 @pytest.mark.slow

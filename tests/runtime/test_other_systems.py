@@ -15,10 +15,11 @@ from runtime.checkpoint import checkpoints
 
 @pytest.fixture
 def windows(monkeypatch):
-    """No SIGHUP, no module resource, no sysconf, no directory that can be opened, no flags of mmap."""
+    """No SIGHUP, no modules resource and fcntl, no sysconf, no directory that can be opened, no flags of mmap."""
     for module, name in ((signal, "SIGHUP"), (os, "sysconf"), (os, "O_DIRECTORY"), (mmap, "MAP_PRIVATE"), (mmap, "MAP_ANONYMOUS")):
         monkeypatch.delattr(module, name, raising=False)
-    monkeypatch.setitem(sys.modules, "resource", None)
+    for name in ("resource", "fcntl"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(shutil, "_use_fd_functions", False)               # how rmtree goes about it
     os_open = os.open
 
