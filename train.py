@@ -183,8 +183,8 @@ def finetune(settings, ranks):
         ranks.print(f"warning: {start.chat_format.warning}")
     if settings.lora_rank:
         warn_of_frozen_tokens(start, ranks)
-    samples, validation = load_sets(settings, start, ranks)
     extra_files = files_of_the_model(settings, start, ranks)
+    samples, validation = load_sets(settings, start, ranks)
     outs = {objective: Path(settings.out) / objective for objective in settings.objective}
     if len(outs) == 1:
         outs = {objective: Path(settings.out) for objective in outs}

@@ -24,6 +24,7 @@ import weakref
 from pathlib import Path
 from typing import NamedTuple
 
+from hf.reading import is_there, read_file, read_json
 from hf.tokenizer import AddedToken
 from hf.weights import untrained_rows
 from runtime.process import UserError
@@ -124,18 +125,18 @@ def read_template(directory):
     """The chat template of a model directory, None if it has none. Raises UserError."""
     file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     try:
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        if not config.is_file():
+        if is_there(file):
+            return read_file(file).decode()
+        if not is_there(config):
             return None
-        template = json.loads(config.read_bytes()).get("chat_template")
+        template = read_json(config).get("chat_template")
         if isinstance(template, list):
             # There are several, by name.
             template = {entry["name"]: entry["template"] for entry in template}["default"]
         if template is not None:
             # Raises where it is no text, or not of whole characters.
             template.encode()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{directory}: its chat template cannot be read ({e!r}); expected one text, or --chat-format "
                         f"{', '.join(CHAT_FORMATS)}") from None
     return template
@@ -519,13 +520,13 @@ def special_names(tokenizer):
         return names
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         path = tokenizer.path.with_name(file)
-        if not path.is_file():
+        if not is_there(path):
             continue
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json(path)
             named = {key: value["content"] if isinstance(value, dict) else value
                      for key, value in content.items() if key.endswith("_token")}
-        except (ValueError, KeyError, AttributeError, RecursionError) as e:
+        except (ValueError, KeyError, AttributeError) as e:
             raise UserError(f"{path} is not a configuration that we can read: {e!r}") from None
         names.update({key: text for key, text in named.items() if isinstance(text, str)})
     return names

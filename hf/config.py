@@ -1,10 +1,10 @@
 """config.json -> GPTConfig: a table of model families, a table of unsupported options, and checked readers."""
 
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from hf.reading import read_json
 from model import GPTConfig
 
 
@@ -60,11 +60,12 @@ MOST_LAYERS = 1000
 
 
 def load_config(directory):
-    """The GPTConfig of a model directory. Raises FileNotFoundError or ValueError."""
+    """The GPTConfig of a model directory. Raises FileNotFoundError, ValueError, or UserError as
+    `hf.reading.read_file`."""
     path = Path(directory) / "config.json"
     try:
-        return config_from_dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        return config_from_dict(read_json(path))
+    except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: {e}") from None
 
 

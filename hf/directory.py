@@ -5,15 +5,11 @@ from pathlib import Path
 
 from hf.config import load_config
 from hf.hub import find_directory
+from hf.reading import is_there, read_file, read_json
 from hf.tokenizer import load_tokenizer
 from hf.weights import check_dtypes, fill_model, load_model, weight_files
 from runtime.process import UserError
 from runtime.sharding import as_rows_of
-
-
-# They go with a model as they are.
-TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-                   "added_tokens.json", "chat_template.jinja")
 
 
 def open_model(path, tokenizer=None):
@@ -79,15 +75,10 @@ def fill_weights(model, directory, device):
 def generation_config(directory):
     """The content of generation_config.json, {} if there is none. Raises UserError."""
     path = Path(directory, "generation_config.json")
-    if not path.is_file():
+    if not is_there(path):
         return {}
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is no object")
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not a generation configuration that we can read: {e}") from None
-    return content
+    check_content(path, is_generation_config, f"an object with some of the keys {', '.join(GENERATION_KEYS)}")
+    return read_json(path)
 
 
 def stop_ids(config, generation, tokenizer, chat_format):
@@ -101,23 +92,85 @@ def stop_ids(config, generation, tokenizer, chat_format):
     return list(dict.fromkeys(i for i in ids if type(i) is int))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes with a model as it is. In a directory that others made a link may lead to any file of the user's, a key or a
+# password, and a trained model may be published: what is not what its name says does not go with it.
+
+# Keys that no other kind of file has. (A temperature may stand beside the key of a paid service.)
+GENERATION_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id", "_from_model_config", "transformers_version")
+TOKENIZER_KEYS = ("tokenizer_class", "model_max_length", "bos_token", "eos_token", "pad_token", "unk_token",
+                  "added_tokens_decoder", "chat_template", "add_prefix_space", "clean_up_tokenization_spaces")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+                  "additional_special_tokens")
+
+
+def is_generation_config(path):
+    return has_some_of(GENERATION_KEYS, read_json(path))
+
+
+def is_tokenizer_config(path):
+    return has_some_of(TOKENIZER_KEYS, read_json(path))
+
+
+def has_some_of(keys, content):
+    """Or nothing at all, which says nothing."""
+    return isinstance(content, dict) and (not content or not content.keys().isdisjoint(keys))
+
+
+def is_special_tokens_map(path):
+    content = read_json(path)
+    return isinstance(content, dict) and content.keys() <= set(SPECIAL_TOKENS)
+
+
+def is_vocabulary(path):
+    content = read_json(path)
+    return isinstance(content, dict) and all(type(i) is int for i in content.values())
+
+
+def is_list_of_merges(path):
+    first, *lines = read_file(path).decode().removesuffix("\n").split("\n")
+    return first.startswith("#version") and all(len(line.split(" ")) == 2 for line in lines)
+
+
+# {name: (whether a file is one, what is expected)}
+TOKENIZER_FILES = {
+    "tokenizer_config.json": (is_tokenizer_config, f"an object with some of the keys {', '.join(TOKENIZER_KEYS)}"),
+    "special_tokens_map.json": (is_special_tokens_map, f"an object with no keys but {', '.join(SPECIAL_TOKENS)}"),
+    "vocab.json": (is_vocabulary, "an object of tokens and their ids"),
+    "added_tokens.json": (is_vocabulary, "an object of tokens and their ids"),
+    "merges.txt": (is_list_of_merges, "a line #version, and then two pieces of a token a line"),
+}
+
+
+def check_content(path, is_one, expected):
+    """Raises UserError where is_one(path) does, or says no."""
+    reason = ""
+    try:
+        if is_one(path):
+            return
+    except ValueError as e:
+        reason = f" ({e})"
+    raise UserError(f"{path} is not what its name says{reason}; expected {expected}")
+
+
 def files_beside_model(tokenizer, stop, generation, template=None):
     """{file name: bytes} of what goes with a trained model: the tokenizer's files, a generation_config.json, and the
     chat template that it was trained in (None: none).
 
     generation: its content before; `stop` becomes its eos. What the chat format ends an answer with is in `stop`, so
-    that other programs stop there too.
+    that other programs stop there too. Raises UserError for a file that is not what its name says.
     """
     generation = {**generation, "eos_token_id": stop[0] if len(stop) == 1 else stop}
     files = {"generation_config.json": json.dumps(generation, indent=2).encode()}
     if tokenizer.path is None:
         # One of tiktoken's own has no file.
         return files
-    files["tokenizer.json"] = tokenizer.path.read_bytes()
-    for name in TOKENIZER_FILES:
+    files["tokenizer.json"] = read_file(tokenizer.path)
+    for name, (is_one, expected) in TOKENIZER_FILES.items():
         file = tokenizer.path.with_name(name)
-        if file.is_file():
-            files[name] = file.read_bytes()
+        if is_there(file):
+            check_content(file, is_one, expected)
+            files[name] = read_file(file)
     if template is not None:
         files["chat_template.jinja"] = template.encode()
         # Older programs look for it here.

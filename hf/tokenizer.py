@@ -2,7 +2,6 @@
 with byte fallback is in `hf.byte_fallback`."""
 
 import itertools
-import json
 import re
 import unicodedata
 from pathlib import Path
@@ -12,6 +11,7 @@ import regex  # tiktoken brings it
 import tiktoken
 
 from hf.byte_fallback import ByteFallbackBPE
+from hf.reading import is_there, read_json
 from runtime.process import UserError
 
 
@@ -143,14 +143,14 @@ def load_tokenizer(name_or_path):
     path = Path(name_or_path)
     if path.is_dir():
         path = path / "tokenizer.json"
-        if not path.is_file():
+        if not is_there(path):
             raise UserError(f"{path}: no such file; expected one, which transformers' AutoTokenizer and "
                             "save_pretrained make of others (tokenizer.model and vocab.json are not read)")
     if not path.is_file():
         return tiktoken_tokenizer(name_or_path)
     try:
         return read_tokenizer(path)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is not a tokenizer.json that we can read: {e!r}") from None
 
 
@@ -169,7 +169,7 @@ def tiktoken_tokenizer(name):
 def read_tokenizer(path):
     """A Tokenizer from a tokenizer.json. Raises UserError for what is not supported, and exceptions of several kinds
     for a file that is no tokenizer.json."""
-    spec = json.loads(path.read_bytes())
+    spec = read_json(path)
     vocab = spec["model"]["vocab"]                # {token: id}
     added = spec.get("added_tokens", [])
     if unsupported := unsupported_parts(spec):
@@ -401,11 +401,11 @@ def find_eos(directory, ids):
     known = set(ids.values())
     for file, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
         path = directory / file
-        if not path.is_file():
+        if not is_there(path):
             continue
         try:
-            eos = json.loads(path.read_bytes()).get(key)
-        except (ValueError, AttributeError, RecursionError) as e:
+            eos = read_json(path).get(key)
+        except (ValueError, AttributeError) as e:
             raise UserError(f"{path} is not a configuration that we can read: {e}") from None
         # A token is written as {"content": text} or as text, ids as a list or one.
         if isinstance(eos, dict):

@@ -11,6 +11,7 @@ import torch
 
 from hf.config import load_config
 from hf.hub import find_directory
+from hf.reading import is_there, read_json
 from model import GPT
 from runtime.files import all_finite, iterate_safetensors, safetensors_layout, save_safetensors, write_whole
 from runtime.sharding import gather_whole, is_sharded, local, my_rows, rows_of
@@ -158,21 +159,22 @@ def untrained_rows(directory, ids):
 
 
 def weight_files(directory):
-    """The safetensors files of a model directory, in order. Raises FileNotFoundError or ValueError."""
+    """The safetensors files of a model directory, in order. Raises FileNotFoundError, ValueError, or UserError as
+    `hf.reading.is_there`."""
     directory = Path(directory)
     index = directory / INDEX
-    has_config = (directory / "config.json").is_file()
-    if has_config and (directory / SINGLE).is_file():
+    has_config = is_there(directory / "config.json")
+    if has_config and is_there(directory / SINGLE):
         return [directory / SINGLE]
-    if not has_config or not index.is_file():
+    if not has_config or not is_there(index):
         raise FileNotFoundError(what_is_there(directory))
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         # A name with a directory in it could lead anywhere.
-        if not names or any(Path(name).name != name or not (directory / name).is_file() for name in names):
+        if not names or any(Path(name).name != name or not is_there(directory / name) for name in names):
             named = ", ".join(map(repr, names)) or "no file"
             raise ValueError(f"it names {named}; expected files beside it")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index} is not an index that we can read: {e}") from None
     return [directory / name for name in names]
 
