@@ -14,8 +14,10 @@ Characters that no text has (Unicode's noncharacters) stand in the contents whil
 """
 
 import functools
+import importlib.metadata
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -465,6 +467,13 @@ def length_in_common(region, prompt, content):
 # ---------------------------------------------------------------------------------------------------------------------
 # The process that renders
 
+RENDERER = Path(__file__).resolve().with_name("renderer.py")
+# What it imports, and the oldest version. Templates can leave the sandbox of an older jinja2: CVE-2025-27516.
+NEEDED = {"jinja2": (3, 1, 6), "markupsafe": (2, 0, 0)}
+# What Python itself may need to start.
+ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
+
+
 # All who use a template share its process: several files, and several models.
 @functools.lru_cache(maxsize=4)
 def start_renderer(template, names):
@@ -474,23 +483,32 @@ def start_renderer(template, names):
 class Renderer:
     """A process that renders one template: in jinja2's sandbox, in bounded time and memory.
 
-    names: what the template may use beside messages. Raises ValueError, with the template's words, as `render` does.
+    names: what the template may use beside messages. Raises UserError where jinja2 is missing or too old.
+
+    The directory that the command is called in may hold what others wrote, and so may those that the environment names.
+    The process (-I, -S) looks for modules only among Python's own and where we say.
     """
 
     def __init__(self, template, names):
-        command = [sys.executable, "-P", str(Path(__file__).with_name("renderer.py"))]
+        command = [sys.executable, "-I", "-S", str(RENDERER), *directories_of_packages(NEEDED)]
+        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True, encoding="ascii")
+                                        stderr=subprocess.DEVNULL, text=True, encoding="ascii", env=environment,
+                                        cwd=RENDERER.parent)
         weakref.finalize(self, stop, self.process)
-        self.process.stdin.write(json.dumps([template, names]) + "\n")
+        self.unsent = json.dumps([template, names]) + "\n"
 
     def render(self, messages, wanted):
-        """The texts of what is wanted, [(how many of the messages, whether the prompt for an answer follows), ...]."""
+        """The texts of what is wanted, [(how many of the messages, whether the prompt for an answer follows), ...].
+
+        Raises ValueError, with the template's words.
+        """
         timer = threading.Timer(RENDER_SECONDS, self.process.kill)
         timer.daemon = True
         timer.start()
         try:
-            self.process.stdin.write(json.dumps([messages, wanted]) + "\n")
+            self.process.stdin.write(self.unsent + json.dumps([messages, wanted]) + "\n")
+            self.unsent = ""
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except OSError:
@@ -506,6 +524,24 @@ class Renderer:
         if "error" in answer:
             raise ValueError(f"it cannot be rendered: {answer['error']}")
         return answer["texts"]
+
+
+def directories_of_packages(oldest):
+    """Where this process would import the packages of {name: oldest version} from, if the current directory were not
+    looked at: for each the directory that it is installed in. Raises UserError where one is missing or older."""
+    here = os.path.realpath("")
+    path = [directory for directory in sys.path if os.path.realpath(directory) != here]
+    directories = []
+    for name, version in oldest.items():
+        # Its metadata say which version a package is, without running it.
+        found = next(iter(importlib.metadata.distributions(name=name, path=path)), None)
+        installed = str(found.version) if found else "missing"
+        if tuple(map(int, re.findall("[0-9]+", installed)[:3])) < version:
+            wanted = ".".join(map(str, version))
+            raise UserError(f'chat templates are rendered by {name}, which is {installed}; expected {wanted} or later: '
+                            f'pip install "{name}>={wanted}"')
+        directories.append(str(found.locate_file("")))
+    return directories
 
 
 def stop(process):

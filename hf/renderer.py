@@ -1,11 +1,16 @@
 """The program that renders chat templates, in a process of its own: a template is a program that others wrote.
 
-It reads a line of JSON for each conversation and answers with one. Needs only jinja2, which torch brings.
+It reads a line of JSON for each conversation and answers with one. Its arguments are the directories of what it needs
+beside Python's own modules: jinja2, which torch brings, and markupsafe.
 """
+# ruff: noqa: E402
 
 import datetime
 import json
 import sys
+
+
+sys.path += sys.argv[1:]
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols

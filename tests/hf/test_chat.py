@@ -1,13 +1,19 @@
 """Chat formats: ids against transformers, what is response, what contents cannot do, and templates that others wrote."""
 
+import importlib.util
 import itertools
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from chat_templates import CHATML_TURNS, ORDINARY, PUBLISHED, SPECIAL, chat_directory
-from support import ASSETS, tiny
+from support import ASSETS, ROOT, tiny
 from tokenizer_files import FALLBACKS, assets_with, build_fallback, strings
 
 import data
@@ -400,6 +406,7 @@ def test_a_template_that_misbehaves_later_is_an_error_too(tmp_path):
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ messages.append(1) }}",
     "{{ self.__init__.__globals__ }}",
+    "{{ ('{0.__init__.__globals__}' | attr('format'))(cycler) }}",
     "{% include '/etc/passwd' %}",
     "{% if %}",
     "{{ 10 ** (10 ** 10) }}",
@@ -420,10 +427,104 @@ def test_what_templates_may_use(tmp_path):
 
 
 def test_templates_are_rendered_where_there_is_no_module_resource(tmp_path, monkeypatch):
-    (tmp_path / "resource.py").write_text("open(__file__ + '.asked', 'w')\nraise ImportError('as on Windows')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert marked(with_template(tmp_path / "model", CHATML_TURNS), TURNS) == BUILT_IN["chatml"]
-    assert (tmp_path / "resource.py.asked").is_file()
+    program = tmp_path / "renderer.py"
+    program.write_text("import runpy, sys\nsys.modules['resource'] = None\n"
+                       f"runpy.run_path({str(chat.RENDERER)!r}, run_name='__main__')")
+    monkeypatch.setattr(chat, "RENDERER", program)
+    renderer = chat.Renderer("{{ messages }}", {})
+    assert renderer.render(["a"], [(1, False)]) == ["['a']"]
+
+
+# Modules that Python, the program or jinja2 looks for.
+PLANTED = ("jinja2", "markupsafe", "json", "datetime", "resource", "sitecustomize", "usercustomize", "encodings", "torch")
+
+
+def plant(directory, traces):
+    """Modules that leave a trace when they are imported, as if they were installed there."""
+    directory.mkdir()
+    traces.mkdir()
+    for name in PLANTED:
+        (directory / f"{name}.py").write_text(f"import io\nio.open({str(traces / name)!r}, 'w')")
+        add_metadata(directory, name, "99.0")
+    return directory
+
+
+def add_metadata(directory, name, version):
+    metadata = directory / f"{name}-{version}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.slow
+def test_no_module_of_a_model_is_imported_where_the_command_is_called_in_it(tmp_path):
+    model = assets_with(plant(tmp_path / "model", tmp_path / "traces"))
+    (model / "chat_template.jinja").write_text(CHATML_TURNS)
+    command = [sys.executable, ROOT / "data.py", ASSETS / "finetune.jsonl", "--tokenizer", ".", "-n", "1"]
+    result = subprocess.run(command, cwd=model, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0 and "<|im_start|>assistant" in result.stdout, result.stderr
+    assert list((tmp_path / "traces").iterdir()) == []
+
+
+def test_the_process_that_renders_imports_nothing_of_the_current_directory_or_of_the_environment(tmp_path, monkeypatch):
+    """Even where this process would: that is a notebook, or python -m."""
+    for number, on_path in enumerate(["", str(tmp_path / "1")]):
+        here = plant(tmp_path / str(number), tmp_path / f"traces of {number}")
+        monkeypatch.chdir(here)
+        monkeypatch.setenv("PYTHONPATH", str(here))
+        monkeypatch.setattr(sys, "path", [on_path, *sys.path])
+        assert chat.Renderer("{{ messages | tojson }}", {}).render(["a"], [(1, False)]) == ['["a"]']
+        assert list((tmp_path / f"traces of {number}").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_process_that_renders_has_no_secrets_and_stands_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    monkeypatch.chdir(tmp_path)
+    renderer = chat.Renderer("", {})
+    there = Path(f"/proc/{renderer.process.pid}")
+    assert "HF_TOKEN" not in (there / "environ").read_text() and os.readlink(there / "cwd") != str(tmp_path)
+
+
+def test_jinja2_is_taken_from_where_this_process_has_it(tmp_path, monkeypatch):
+    """`pip install --user`, whose directory a process by itself would not see; its parts may be in two places."""
+    for name in ("jinja2", "markupsafe"):
+        package = Path(importlib.util.find_spec(name).origin).parent
+        shutil.copytree(package, tmp_path / f"site of {name}" / name)
+        add_metadata(tmp_path / f"site of {name}", name, "3.1.6")
+        with open(tmp_path / f"site of {name}" / name / "__init__.py", "a") as f:
+            f.write(f"\nopen({str(tmp_path / f'{name} was imported')!r}, 'w')")
+    monkeypatch.setattr(sys, "path", [*map(str, tmp_path.iterdir()), *sys.path])
+    assert chat.Renderer("{{ messages }}", {}).render(["a"], [(1, False)]) == ["['a']"]
+    assert (tmp_path / "jinja2 was imported").is_file() and (tmp_path / "markupsafe was imported").is_file()
+
+
+@pytest.mark.parametrize("version, is_new_enough", [
+    ("2.11.3", False), ("3.1", False), ("3.1.5", False), ("3.1.6", True), ("3.1.10", True), ("3.2.0rc1", True), ("4", True), (None, False)])
+def test_an_old_jinja2_is_refused_with_the_command_for_a_new_one(tmp_path, monkeypatch, version, is_new_enough):
+    """Templates can leave its sandbox."""
+    add_metadata(tmp_path, "markupsafe", "2.1.5")
+    if version:
+        add_metadata(tmp_path, "Jinja2", version)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    if is_new_enough:
+        assert chat.directories_of_packages(chat.NEEDED) == [str(tmp_path)] * 2
+        return
+    with pytest.raises(UserError, match=f'jinja2, which is {version or "missing"}; expected 3.1.6 or later: pip install "jinja2>=3.1.6"'):
+        chat.Renderer("", {})
+
+
+@pytest.mark.slow
+def test_the_ids_are_the_same_in_every_locale(tmp_path):
+    model = chat_directory(tmp_path / "model", "R1-Distill-Qwen")
+    ids = "import sys, hf\nwords = [hf.Turn('user', '\\u03b2?'), hf.Turn('assistant', '\\u00e9.')]\n" \
+        "print(hf.load_chat_format(sys.argv[1], hf.load_tokenizer(sys.argv[1])).encode(words)[0])"
+    printed = set()
+    for settings in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "C.UTF-8"}):
+        command = [sys.executable, "-c", ids, model]
+        result = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=100)
+        assert result.returncode == 0, result.stderr
+        printed.add(result.stdout)
+    assert printed == {f"{load(model).encode([Turn('user', 'β?'), Turn('assistant', 'é.')])[0]}\n"}
 
 
 def test_the_process_that_renders_ends_with_its_owner():
