@@ -35,6 +35,16 @@ def test_one_worker_is_this_process():
 
 
 @pytest.mark.slow
+def test_workers_import_nothing_of_the_current_directory(tmp_path, monkeypatch):
+    for name in ("multiprocessing", "pickle", "torch"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    environment = dict(os.environ)
+    assert [square for square, _, _ in map_in_workers(square, [3, 2], 2)] == [9, 4]
+    assert not (tmp_path / "trace").exists() and os.environ == environment
+
+
+@pytest.mark.slow
 def test_results_come_in_order_and_errors_as_they_are():
     results = map_in_workers(square, [3, 1, 2, 0], 2)
     squares, threads, processes = zip(*[next(results) for _ in range(3)])
