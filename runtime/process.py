@@ -76,6 +76,10 @@ def ending_of(error, rank, world):
     if isinstance(error, torch.OutOfMemoryError):
         return Ending(1, f"out of GPU memory ({error}); a smaller --micro-tokens, --recompute, --shard all or "
                          "--lora-rank needs less")
+    # torch has no class of its own for memory that a CPU has not.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return Ending(1, "out of memory; training needs less of it with a smaller --micro-tokens, --recompute, "
+                         "--shard all or --lora-rank")
     if isinstance(error, BrokenPipeError):
         # Whoever read our output (`| head`) has seen enough. What is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import kill
+import numpy as np
 import pytest
 import torch
 from kill import assert_same, contents, finish, finish_launched
@@ -541,6 +542,14 @@ def test_nothing_but_the_run_is_written_and_no_code_of_a_model_is_run(tmp_path, 
     assert len(written) > 8 and not (tmp_path / "planted").exists()
     assert {x for x in written if not x.startswith(str(out)) and not x.startswith("/dev/")} == set()
     assert (out / "model" / "model.safetensors").exists() and not list(out.rglob("*.py")) and not list(out.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("allocate", [lambda: bytearray(2 ** 60), lambda: torch.empty(2 ** 50), lambda: np.empty(2 ** 55)])
+def test_memory_that_runs_out_is_one_sentence(allocate, capsys):
+    with pytest.raises(SystemExit) as e:
+        run(allocate)
+    error = capsys.readouterr().err
+    assert e.value.code == 1 and error.startswith("error: out of memory; ") and error.count("\n") == 1
 
 
 def test_an_interrupt_says_nothing_and_exits_with_130(capsys):
