@@ -110,7 +110,7 @@ class Samples:
     def save(self, directory):
         for name in self.COLUMNS:
             np.save(directory / f"{name}.npy", getattr(self, name))
-        (directory / "table.json").write_text(json.dumps(self.table))
+        (directory / "table.json").write_text(json.dumps(self.table), encoding="utf-8")
 
     @classmethod
     def load(cls, directory):
@@ -118,7 +118,7 @@ class Samples:
         samples = cls()
         for name in cls.COLUMNS:
             setattr(samples, name, np.asarray(np.load(directory / f"{name}.npy", mmap_mode="r")))
-        samples.table = json.loads((directory / "table.json").read_text())
+        samples.table = json.loads((directory / "table.json").read_text(encoding="utf-8"))
         return samples
 
 

@@ -316,7 +316,7 @@ def train_tokenizer(texts, path, vocab_size=2000):
         show_progress=False))
     path.write_text(tokenizer.to_str() + "\n", encoding="utf-8")
     path.with_name("tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}) + "\n")
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}) + "\n", encoding="utf-8")
     return tokenizer
 
 

@@ -94,6 +94,25 @@ def risky_lines(source):
     return lines
 
 
+def lines_in_an_encoding_of_the_locale(source):
+    """Where text is read or written, and nothing says as what."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if "encoding" in keywords:
+            continue
+        function = ast.unparse(node.func).split(".")[-1]
+        mode = keywords.get("mode", "")
+        if len(node.args) > 1:
+            mode = ast.unparse(node.args[1])
+        opens_text = ast.unparse(node.func) == "open" and "b" not in mode
+        if function in ("read_text", "write_text", "TextIOWrapper") or opens_text or keywords.get("text") == "True":
+            lines.append(node.lineno)
+    return lines
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 def test_the_top_level_is_the_reference():
@@ -150,6 +169,11 @@ def test_nothing_runs_what_others_wrote():
         assert risky_lines(path.read_text(encoding="utf-8")) == [], path
 
 
+def test_no_text_is_read_or_written_in_the_encoding_of_the_locale():
+    for path in source_files(*WORKSHOP, "prepare"):
+        assert lines_in_an_encoding_of_the_locale(path.read_text(encoding="utf-8")) == [], path
+
+
 @pytest.mark.parametrize("check, source", [
     (lambda source: wrong_arrows("data", source), "from train import Settings"),
     (lambda source: wrong_arrows("experiment", source), "def f():\n    import train"),
@@ -163,6 +187,11 @@ def test_nothing_runs_what_others_wrote():
     (risky_lines, "torch.save(model.state_dict(), path)"),
     (risky_lines, "subprocess.run(words, shell=True)"),
     (risky_lines, "eval(text)"),
+    (lines_in_an_encoding_of_the_locale, "path.read_text()"),
+    (lines_in_an_encoding_of_the_locale, "(out / name).write_text(text)"),
+    (lines_in_an_encoding_of_the_locale, "open(path)"),
+    (lines_in_an_encoding_of_the_locale, "open(path, 'a')"),
+    (lines_in_an_encoding_of_the_locale, "subprocess.run(words, text=True)"),
 ])
 def test_what_is_wrong_is_found(check, source):
     assert len(check(source)) == 1
@@ -172,6 +201,7 @@ def test_what_is_wrong_is_found(check, source):
     (lambda source: wrong_arrows("tasks", source), "from tasks.items import load_items\nimport bft"),
     (unexpected_packages, "def f():\n    from sklearn.linear_model import LogisticRegression"),
     (risky_lines, "load_safetensors(path)\nmodel.eval()"),
+    (lines_in_an_encoding_of_the_locale, "open(path, 'rb')\nopen(path, 'w', encoding='utf-8')\npath.read_text(encoding='utf-8')"),
 ])
 def test_what_is_right_is_not(check, source):
     assert check(source) == []
