@@ -77,7 +77,8 @@ def generation_config(directory):
     path = Path(directory, "generation_config.json")
     if not is_there(path):
         return {}
-    check_content(path, is_generation_config, f"an object with some of the keys {', '.join(GENERATION_KEYS)}")
+    check_content(path, is_generation_config, "an object with some of the keys "
+                  f"{', '.join(GENERATION_KEYS)}, or of numbers alone")
     return read_json(path)
 
 
@@ -96,7 +97,7 @@ def stop_ids(config, generation, tokenizer, chat_format):
 # What goes with a model as it is. In a directory that others made a link may lead to any file of the user's, a key or a
 # password, and a trained model may be published: what is not what its name says does not go with it.
 
-# Keys that no other kind of file has. (A temperature may stand beside the key of a paid service.)
+# Keys that no other kind of file has.
 GENERATION_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id", "_from_model_config", "transformers_version")
 TOKENIZER_KEYS = ("tokenizer_class", "model_max_length", "bos_token", "eos_token", "pad_token", "unk_token",
                   "added_tokens_decoder", "chat_template", "add_prefix_space", "clean_up_tokenization_spaces")
@@ -105,7 +106,11 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 def is_generation_config(path):
-    return has_some_of(GENERATION_KEYS, read_json(path))
+    content = read_json(path)
+    if has_some_of(GENERATION_KEYS, content):
+        return True
+    # A temperature alone keeps no secret. (It may stand beside the key of a paid service.)
+    return isinstance(content, dict) and not any(isinstance(value, (str, list, dict)) for value in content.values())
 
 
 def is_tokenizer_config(path):
@@ -128,8 +133,10 @@ def is_vocabulary(path):
 
 
 def is_list_of_merges(path):
-    first, *lines = read_file(path).decode().removesuffix("\n").split("\n")
-    return first.startswith("#version") and all(len(line.split(" ")) == 2 for line in lines)
+    lines = read_file(path).decode().removesuffix("\n").split("\n")
+    if lines[0].startswith("#version"):
+        del lines[0]
+    return all(len(line.split(" ")) == 2 for line in lines)
 
 
 # {name: (whether a file is one, what is expected)}
@@ -138,7 +145,7 @@ TOKENIZER_FILES = {
     "special_tokens_map.json": (is_special_tokens_map, f"an object with no keys but {', '.join(SPECIAL_TOKENS)}"),
     "vocab.json": (is_vocabulary, "an object of tokens and their ids"),
     "added_tokens.json": (is_vocabulary, "an object of tokens and their ids"),
-    "merges.txt": (is_list_of_merges, "a line #version, and then two pieces of a token a line"),
+    "merges.txt": (is_list_of_merges, "two pieces of a token a line, after #version if that is there"),
 }
 
 

@@ -41,6 +41,8 @@ def run(main):
     the cause, and a user's mistake, which every rank makes, is for rank 0 to say: these ranks wait some seconds.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
+    # Python processes that we start, workers and a compiler's, import nothing that lies in the current directory.
+    os.environ["PYTHONSAFEPATH"] = "1"
     # As an exception, so that whatever is being written is cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     guard_terminal()

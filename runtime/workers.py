@@ -1,6 +1,5 @@
 """Worker processes of one thread each, for trainings so small that one by itself leaves most of a CPU idle."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -31,9 +30,8 @@ def map_in_workers(function, tasks, count):
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with safe_path(), Stop() as stop:
-        event = context.Event()
-        pool = ProcessPoolExecutor(count, context, begin_worker, (function, event))
+    event = context.Event()
+    with ProcessPoolExecutor(count, context, begin_worker, (function, event)) as pool, Stop() as stop:
         try:
             futures = [pool.submit(do_task, task) for task in tasks]
             for future in futures:
@@ -48,19 +46,6 @@ def map_in_workers(function, tasks, count):
         finally:
             event.set()
             pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def safe_path():
-    """Meanwhile new processes do not import what lies in the current directory, as `python -c` does by itself."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["PYTHONSAFEPATH"]
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,5 +3,14 @@ imported; what a test starts inherits it.)"""
 
 import os
 
+import pytest
+
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def no_trace_of_a_command():
+    """A command that a test calls in this process sets this variable for what it starts itself."""
+    yield
+    os.environ.pop("PYTHONSAFEPATH", None)

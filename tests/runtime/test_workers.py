@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
+from support import ROOT
 
 from runtime.process import UserError
 from runtime.workers import map_in_workers
@@ -35,13 +37,24 @@ def test_one_worker_is_this_process():
 
 
 @pytest.mark.slow
-def test_workers_import_nothing_of_the_current_directory(tmp_path, monkeypatch):
+def test_workers_import_nothing_of_the_current_directory(tmp_path):
+    """Of a command, which `run` calls."""
+    here = tmp_path / "here"
+    here.mkdir()
     for name in ("multiprocessing", "pickle", "torch"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
-    monkeypatch.chdir(tmp_path)
-    environment = dict(os.environ)
-    assert [square for square, _, _ in map_in_workers(square, [3, 2], 2)] == [9, 4]
-    assert not (tmp_path / "trace").exists() and os.environ == environment
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
+    (tmp_path / "command.py").write_text("""
+from runtime.process import run
+from runtime.workers import map_in_workers
+from test_workers import square
+
+
+if __name__ == "__main__":
+    run(lambda: print([number for number, _, _ in map_in_workers(square, [3, 2], 2)]))
+""")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'runtime'}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, tmp_path / "command.py"], cwd=here, env=environment, capture_output=True, text=True)
+    assert done.stdout == "[9, 4]\n" and not (tmp_path / "trace").exists(), done.stderr
 
 
 @pytest.mark.slow
