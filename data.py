@@ -22,6 +22,7 @@ samples of a global batch are dealt to ranks, and packed into a `Batch` for each
 import codecs
 import functools
 import gzip
+import heapq
 import itertools
 import json
 import math
@@ -702,21 +703,37 @@ def deal(lengths, world, micro_tokens):
     tokens, there into the first micro-batch with room for them; a sample longer than micro_tokens is one by itself.
     Every rank gets the same number of micro-batches, some may be empty: DDP needs as many backward passes from each.
     """
-    plan = [[] for _ in range(world)]
-    room = [[] for _ in range(world)]                                     # tokens left in each micro-batch of the plan
-    load = [0] * world
+    shares = [[] for _ in range(world)]
+    loads = [(0, rank) for rank in range(world)]                          # a heap
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rank = min(range(world), key=lambda r: (load[r], r))
-        load[rank] += lengths[i]
-        micro_batch = next((m for m, free in enumerate(room[rank]) if free >= lengths[i]), None)
-        if micro_batch is None:
-            plan[rank].append([i])
-            room[rank].append(micro_tokens - lengths[i])
-        else:
-            plan[rank][micro_batch].append(i)
-            room[rank][micro_batch] -= lengths[i]
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + lengths[i], rank))
+        shares[rank].append(i)
+    plan = [pack(share, lengths, micro_tokens) for share in shares]
     most = max(map(len, plan))
     return [micro_batches + [[] for _ in range(most - len(micro_batches))] for micro_batches in plan]
+
+
+def pack(share, lengths, micro_tokens):
+    """The micro-batches of one rank: each sample of its share, the longest first, goes into the first with room.
+
+    Samples only become shorter: what has room for one has room for the next, until it is filled.
+    """
+    micro_batches = []
+    with_room = []                   # a heap of (place, tokens left): there is room for the next sample
+    others = []                      # a heap of (-tokens left, place)
+    for i in share:
+        while others and -others[0][0] >= lengths[i]:
+            room, place = heapq.heappop(others)
+            heapq.heappush(with_room, (place, -room))
+        if with_room:
+            place, room = heapq.heappop(with_room)
+        else:
+            place, room = len(micro_batches), micro_tokens
+            micro_batches.append([])
+        micro_batches[place].append(i)
+        heapq.heappush(others, (lengths[i] - room, place))
+    return micro_batches
 
 
 class Batch(NamedTuple):

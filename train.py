@@ -10,6 +10,7 @@ Reads top to bottom in the order in which it runs: settings, the command, the lo
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import random
@@ -511,7 +512,7 @@ def forward_backward(net, batch, objective, settings, ranks, dtype):
             (part * ranks.world).backward()
         loss += part.detach()
         statistics.append(sample_statistics(logp, weights, settings.group_size))
-    return Outcome(loss, sum(my_micro_batches, []), torch.cat(statistics))
+    return Outcome(loss, list(itertools.chain.from_iterable(my_micro_batches)), torch.cat(statistics))
 
 
 def sample_statistics(logp, weights, group_size):

@@ -205,6 +205,54 @@ def test_dealing_keeps_every_sample_and_every_limit():
         assert plan == data.deal(lengths, world, limit)
 
 
+def first_fit(lengths, world, micro_tokens):
+    """What `data.deal` says that it does, by looking at every micro-batch for every sample."""
+    plan, loads = [[] for _ in range(world)], [0] * world
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rank = loads.index(min(loads))
+        loads[rank] += lengths[i]
+        for micro_batch in plan[rank]:
+            if sum(lengths[j] for j in micro_batch) + lengths[i] <= micro_tokens:
+                micro_batch.append(i)
+                break
+        else:
+            plan[rank].append([i])
+    most = max(map(len, plan))
+    return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in plan]
+
+
+def test_samples_go_to_the_first_micro_batch_with_room():
+    rng = np.random.RandomState(1)
+    for _ in range(1000):
+        lengths = rng.randint(1, rng.choice([3, 20, 120]), size=rng.randint(0, 60)).tolist()
+        world, micro_tokens = int(rng.randint(1, 9)), int(rng.choice([1, 7, 64, 128, 1000]))
+        assert data.deal(lengths, world, micro_tokens) == first_fit(lengths, world, micro_tokens)
+
+
+class Length(int):
+    """Counts how often a length is compared with what is left somewhere."""
+    compared = 0
+
+    def __lt__(self, other):
+        Length.compared += 1
+        return int(self) < other
+
+    def __le__(self, other):
+        Length.compared += 1
+        return int(self) <= other
+
+    __gt__, __ge__ = (lambda self, other: not self <= other), (lambda self, other: not self < other)
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_dealing_many_samples_looks_at_few_micro_batches_for_each(world, monkeypatch):
+    """With 3,000 micro-batches and more; each sample is compared a few times with one, and is sorted by Python."""
+    lengths = [Length(length) for length in np.random.RandomState(2).randint(20, 2000, size=30_000)]
+    monkeypatch.setattr(Length, "compared", 0)
+    plan = data.deal(lengths, world, 8192)
+    assert sum(map(len, plan)) > 3000 and Length.compared < 50 * len(lengths)
+
+
 def test_collate_lays_samples_end_to_end(tokenizer):
     samples = [encode(tokenizer, ("user", "ab"), ("assistant", "c")),
                encode(tokenizer, ("user", "d"), ("assistant", "e f"), ("user", "g"), ("assistant", "h"))]
