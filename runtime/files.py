@@ -12,21 +12,30 @@ import torch
 
 
 @contextlib.contextmanager
+def naming(path):
+    """Whatever OSError comes from within names this file. By itself it does so where a file is opened, and not where it
+    is read or written."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def replacing(path):
     """A binary file to write, under a temporary name that becomes `path` when all is written and on the disk: path
     holds what it is given or what it held before, even if the power fails. Raises OSError naming path."""
     temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        sync_directory(temporary.parent)
-    except BaseException as e:
+        with naming(path):
+            with open(temporary, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            sync_directory(temporary.parent)
+    except BaseException:
         temporary.unlink(missing_ok=True)                                 # a full disk has room again
-        if isinstance(e, OSError):
-            raise OSError(e.errno, e.strerror, str(path)) from None
         raise
 
 

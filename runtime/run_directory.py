@@ -26,7 +26,7 @@ import torch
 from runtime.checkpoint import checkpoints
 from runtime.device import compute_dtype
 from runtime.files import file_sha256, write_whole
-from runtime.log import read_metrics
+from runtime.log import cut_metrics
 from runtime.one_writer import run_id_of
 from runtime.process import UserError
 
@@ -215,24 +215,26 @@ def begin(out, record, start, resume, ranks):
     Of a run that goes on, config.json keeps under "earlier" how the steps so far were made, and the log is cut back to
     where the checkpoint is. Without resume, what an earlier run left goes.
     """
-    lines, run_id = [], ""
+    run_id, validated = "", False
     if ranks.rank == 0:
         if not resume:
             remove_earlier_run(out)
         run_id = run_id_of(out / "config.json") if start else secrets.token_hex(8)
         if start:
             record = with_history(out, record, start, ranks)
-            lines = read_metrics(out / "metrics.jsonl", start)
-            if sum("loss" in line for line in lines) != start:
-                ranks.print(f"warning: {out}/metrics.jsonl has not all of the {start} steps before; lines were lost")
         record = {"run_id": run_id, **record}
         write_whole(out / "config.json", [json.dumps(record, indent=2).encode()])   # first: by it a run is known
         (out / "checkpoint").mkdir(exist_ok=True)
         for unfinished in (out / "checkpoint").glob("*.tmp"):             # of a run that was killed while it wrote
             shutil.rmtree(unfinished)
-        write_whole(out / "metrics.jsonl", [json.dumps(line).encode() + b"\n" for line in lines])
+        if start:
+            steps, validated = cut_metrics(out / "metrics.jsonl", start)
+            if steps != start:
+                ranks.print(f"warning: {out}/metrics.jsonl has not all of the {start} steps before; lines were lost")
+        else:
+            write_whole(out / "metrics.jsonl", [])
     run_id, *_ = ranks.texts(run_id)
-    return run_id, bool(ranks.largest(any("val_nll" in line for line in lines if line["step"] == start)))
+    return run_id, bool(ranks.largest(validated))
 
 
 def remove_earlier_run(out):

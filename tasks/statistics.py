@@ -137,17 +137,20 @@ def compare(estimates):
 # Over items
 
 RESAMPLES = 10_000
-AT_A_TIME = 500                      # resamples, for bounded memory
+LARGEST = 10_000                     # items that are drawn one by one
+AT_A_TIME = 2_000_000                # draws, for bounded memory
 
 
 def resamples(n, seed=0):
     """Draws of n items with replacement, RESAMPLES in all: yields (some, n) indices.
 
-    The same seed and n give the same draws, so what is computed from them is paired.
+    The same seed and n give the same draws, however many are yielded at a time, so what is computed from them is
+    paired.
     """
     rng = np.random.RandomState(seed)
-    for start in range(0, RESAMPLES, AT_A_TIME):
-        yield rng.randint(n, size=(min(AT_A_TIME, RESAMPLES - start), n))
+    some = max(1, AT_A_TIME // n)
+    for start in range(0, RESAMPLES, some):
+        yield rng.randint(n, size=(min(some, RESAMPLES - start), n))
 
 
 def resample_counts(drawn, n):
@@ -158,9 +161,17 @@ def resample_counts(drawn, n):
 
 
 def bootstrap(values, weights=None, seed=0):
-    """sum(values) / sum(weights) of each resample of the items: (RESAMPLES,). weights None: all 1, the mean."""
+    """sum(values) / sum(weights) of each resample of the items: (RESAMPLES,). weights None: all 1, the mean.
+
+    More than LARGEST items are dealt at random to as many groups, the same ones for the same n, which are drawn in
+    their place: sums of groups vary as the items do. It adds a noise of 0.7% to the width of an interval; that of
+    RESAMPLES is as large. Memory: 50 MB, and 50 bytes an item.
+    """
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    if len(values) > LARGEST:
+        group = np.random.RandomState(seed).permutation(len(values)) % LARGEST
+        values, weights = np.bincount(group, values), np.bincount(group, weights)
     ratios = [values[drawn].sum(1) / weights[drawn].sum(1) for drawn in resamples(len(values), seed)]
     return np.concatenate(ratios)
 

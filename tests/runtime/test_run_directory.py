@@ -1,9 +1,15 @@
-"""What a run directory says of the code that made it."""
+"""What a run directory says of the code that made it, and its log where a run goes on."""
 
+import json
+import math
 import re
 import subprocess
+import tracemalloc
 
-from runtime import run_directory
+import pytest
+
+from runtime import log, run_directory
+from runtime.log import cut_metrics, read_metrics
 
 
 def git(directory, *arguments):
@@ -40,3 +46,52 @@ def test_the_commit_and_what_was_changed_since_are_on_record(tmp_path, monkeypat
 def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run_directory.git_commit() is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log of a run that goes on
+
+# Lines as a crash may leave them: cut, joined to the next, zeros of a file that was growing; and what is no line of ours.
+BROKEN = [b'{"step": 2, "loss": 1.2', b'{"step": 2, "lo{"step": 2, "loss": 1.5}', b'{"step": 2, "loss": \0\0\0}', b"\0" * 4000, b"", b"[1, 2]", b"3", b'"step"',
+          b"null", b'{"loss": 1.0}', b'{"step": "2"}', b'{"step": null}', b'{"step": 2, "loss": }', b'{"step": 2,}', b"[" * 100_000, b"\xff", b'{"step": 2} {"step": 2}']
+
+
+def logged(step, **values):
+    return json.dumps({"step": step, **(values or {"loss": step / 7, "mfu": None, "clipped": False, "lr": 1e-5, "nll": math.nan})}).encode()
+
+
+@pytest.mark.parametrize("last", [1, 3, 4, 9])
+def test_a_log_is_cut_back_to_a_step_and_keeps_its_bytes(last, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [(0, logged(0, val_nll=2.5)), (1, logged(1)), (2, logged(2)), (3, logged(3)), (3, logged(3, val_nll=1 / 3)), (4, logged(4)),
+             (4, b'{"note": {"of": "another"}, "step": 4}')]
+    torn = [line for pair in zip(lines, [*BROKEN, *BROKEN]) for line in (pair[0][1], pair[1])] + BROKEN
+    path.write_bytes(b"\n".join(torn))
+    assert len(read_metrics(path)) == len(lines)
+    assert cut_metrics(path, last) == (min(last, 4), last == 3)
+    assert path.read_bytes() == b"".join(line + b"\n" for step, line in lines if step <= last)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_last_line_of_a_log_may_lack_its_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for content in (logged(1), logged(1) + b"\r\n"):
+        path.write_bytes(content)
+        assert cut_metrics(path, 1) == (1, False) and path.read_bytes() == logged(1) + b"\n"
+    path.unlink()
+    assert cut_metrics(path, 1) == (0, False) and path.read_bytes() == b""
+
+
+def test_a_long_log_is_cut_in_little_memory_and_not_read_as_json(tmp_path, monkeypatch):
+    path, parsed = tmp_path / "metrics.jsonl", []
+    monkeypatch.setattr(log.json, "loads", lambda line: parsed.append(len(line)))
+    with open(path, "wb") as f:
+        for step in range(1, 30_001):
+            f.write(json.dumps({"step": step, "loss": step / 7, "lr": 1e-5, "mfu": None, "clipped": False, "tokens": 9000}).encode() + b"\n")
+        f.write(bytes(20_000_000))
+    tracemalloc.start()
+    assert cut_metrics(path, 29_999) == (29_999, False)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+    # Of the zeros at its end alone.
+    assert len(parsed) == 20

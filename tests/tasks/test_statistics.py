@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -36,6 +37,43 @@ def test_bootstrap_of_a_ratio_weighs_by_tokens():
     for i, j, k in itertools.product(range(3), repeat=3):
         possible.add((values[[i, j, k]].sum() / weights[[i, j, k]].sum()).round(9))
     assert set(drawn.round(9)) == possible
+
+
+@pytest.mark.parametrize("at_a_time", [1, 700, 2_000_000])
+def test_the_draws_are_the_same_however_many_are_made_at_a_time(at_a_time, monkeypatch):
+    drawn = np.random.RandomState(7).randint(30, size=(100, 30))
+    values = np.random.RandomState(8).normal(size=30)
+    monkeypatch.setattr(statistics, "RESAMPLES", 100)
+    monkeypatch.setattr(statistics, "AT_A_TIME", at_a_time)
+    assert np.concatenate(list(statistics.resamples(30, seed=7))).tolist() == drawn.tolist()
+    assert statistics.bootstrap(values, seed=7).tolist() == values[drawn].mean(1).tolist()
+
+
+def test_many_items_are_drawn_in_groups(monkeypatch):
+    """Sorted ones, so that neighbours are alike; their tokens as weights, and a pair that differs little."""
+    monkeypatch.setattr(statistics, "LARGEST", 2000)
+    rng = np.random.RandomState(1)
+    a = np.sort(rng.exponential(size=50_001))
+    b = a + rng.normal(0, 0.1, len(a))
+    weights = rng.randint(1, 50, len(a))
+    resampled = [statistics.bootstrap(values, weights) for values in (a, b)]
+    for drawn, values in ((resampled[0], a), (resampled[1] - resampled[0], b - a)):
+        ratio = values.sum() / weights.sum()
+        half = 1.96 * (values - ratio * weights).std() / weights.mean() / len(a) ** 0.5
+        assert statistics.interval(drawn) == (pytest.approx(ratio - half, abs=0.1 * half), pytest.approx(ratio + half, abs=0.1 * half))
+
+
+def test_a_million_items_take_bounded_memory_and_draws(monkeypatch):
+    """(Of a tenth of the resamples.)"""
+    drawn, draw = [], statistics.resamples
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    monkeypatch.setattr(statistics, "resamples", lambda *arguments: (drawn.append(some.size) or some for some in draw(*arguments)))
+    values, weights = np.arange(1e6), np.ones(10 ** 6)
+    tracemalloc.start()
+    assert statistics.bootstrap(values, weights).mean() == pytest.approx(5e5, rel=1e-2)
+    assert tracemalloc.get_traced_memory()[1] < 50e6 + 50 * len(values)
+    tracemalloc.stop()
+    assert sum(drawn) == 1000 * statistics.LARGEST
 
 
 def test_wilson_interval():
