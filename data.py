@@ -197,6 +197,7 @@ def warnings_of(mixed, lookalikes):
 # Files to rows
 
 LINE_BYTES = 2 ** 24                                                      # of a line, at most: some four million tokens
+BLANK_LINES = 100_000                                                     # one after another, at most
 ARRAY_BYTES = 2 ** 31                                                     # of a JSON array, which is read in one piece
 EXPECTED_FILE = "JSONL, a JSON array or parquet"
 
@@ -282,15 +283,23 @@ def read_jsonl(path):
     Raises UserError."""
     path = Path(path)
     check_is_file(path)
-    number, empty = 0, True
+    number, blank, empty = 0, 0, True
     try:
         with open_bytes(path) as f:
             while line := f.readline(LINE_BYTES + 1):
                 number += 1
+                if len(line) > LINE_BYTES:
+                    raise UserError(f"{path}:{number}: a line of more than {LINE_BYTES >> 20} MiB; expected one JSON "
+                                    "object a line")
                 line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    empty = False
+                    blank, empty = 0, False
                     yield number, parse_line(line, f"{path}:{number}")
+                    continue
+                blank += 1
+                if blank > BLANK_LINES:
+                    raise UserError(f"{path}:{number}: more than {BLANK_LINES} blank lines in a row; expected one JSON "
+                                    "object a line")
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read after line {number}: {e}") from None
     if empty:
@@ -299,8 +308,6 @@ def read_jsonl(path):
 
 def parse_line(line, where):
     """The object of a line, bytes. Raises UserError."""
-    if len(line) > LINE_BYTES:                                            # of another kind of file, without an end
-        raise UserError(f"{where}: a line of more than {LINE_BYTES >> 20} MiB; expected one JSON object a line")
     row = parse_json(line, where, "one JSON object a line")
     check_object(row, where)
     return row

@@ -156,6 +156,49 @@ def test_a_line_without_end_is_refused_before_it_is_read(tmp_path, tokenizer):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("piece, where, words", [
+    (b"\n", 100_002, "more than 100000 blank lines in a row"), (b" \t\r\n", 100_002, "more than 100000 blank lines in a row"),
+    (b"\xef\xbb\xbf\n", 100_002, "more than 100000 blank lines in a row"), (b" ", 2, "a line of more than 16 MiB"),
+    (b"\0", 2, "a line of more than 16 MiB"), (b"[[", 2, "a line of more than 16 MiB")])
+def test_what_has_no_end_is_refused_before_it_is_read(piece, where, words, tmp_path, tokenizer):
+    """60 MB and more in a file of some kB."""
+    content = b'{"text": "a"}\n' + piece * (60_000_000 // len(piece)) + b'{"text": "a"}\n'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content, 1))
+    del content
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"a\.jsonl\.gz:{where}: {words}; expected one JSON object a line"):
+        data.load_samples(tmp_path / "a.jsonl.gz", tokenizer)
+    assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    tracemalloc.stop()
+
+
+def test_blank_lines_between_rows_are_no_matter(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes((b"\n" * 60_000 + b'{"text": "a"}\n') * 3 + b"\n" * 60_000)
+    samples, _ = data.load_samples(tmp_path / "a.jsonl", tokenizer)
+    assert [sample.line for sample in samples] == [60_001, 120_002, 180_003]
+
+
+@pytest.mark.parametrize("name", ["plain", "own"])
+def test_what_is_cut_off_is_not_kept(name, tmp_path, tokenizer):
+    """Of 12 rows of 100 kB 8 tokens each stay, whatever shape they have; a key that nobody reads is not kept either."""
+    text = "word " * 20_000
+    rows = [{"prompt": "a", "response": text}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}]},
+            {"prompt": "a", "response": "b c d e f g h i j", "extra": text}]
+    path = write(tmp_path / "a.jsonl", *[{**row, "group": "g"} for row in rows * 4])
+    if name == "own":
+        template = "{% for m in messages %}{{ m.content }}{{ '<|endoftext|>' if m.role == 'assistant' else '\n' }}{% endfor %}"
+        (assets_with(tmp_path, []) / "chat_template.jinja").write_text(template)
+        tokenizer = hf.load_tokenizer(tmp_path)
+    chat_format = hf.load_chat_format(None, tokenizer)
+    data.load_samples(path, tokenizer, chat_format, max_length=8)         # whatever is kept for later, is kept now
+    tracemalloc.start()
+    samples, counts = data.load_samples(path, tokenizer, chat_format, max_length=8)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert chat_format.name == name and counts["cut"] == 12 and samples.lengths.tolist() == [8] * 12
+    assert kept < 100_000
+
+
 def test_the_order_depends_on_seed_and_epoch_alone():
     n, batch = 10, 4
     steps = [data.global_batch(step, n, batch, seed=5) for step in range(6)]
