@@ -253,6 +253,8 @@ def check_flags(args):
     out = Path(args.out).resolve()
     if not os.access(out.parent, os.W_OK | os.X_OK) or out.is_dir():
         raise UserError(f"--out {args.out}: expected a file in a directory that is there and can be written to")
+    if out in [Path(file).resolve() for file in args.data]:
+        raise UserError(f"--out {args.out} is a file of --data, which would be overwritten; expected another name")
 
 
 def refuse_flags_of_other_tasks(args):

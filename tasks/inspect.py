@@ -4,6 +4,7 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,18 @@ import bft
 from data import collate
 from runtime.device import autocast
 from runtime.files import write_whole
+from runtime.process import UserError
 from tasks import Answers
 from tasks.items import add_flags_of_samples, check_flags_of_samples, load_samples_of_models
 from tasks.scoring import refuse_nan
 
 
 PAGE = Path(__file__).resolve().parents[1] / "assets" / "inspect.html"
+
+
+class Questions(NamedTuple):
+    samples: dict                    # {path of a model: [Sample, ...]}
+    page: Path
 
 
 def add_flags(parser):
@@ -29,16 +36,22 @@ def add_flags(parser):
 def check_flags(args):
     # Lines are looked for in the file.
     check_flags_of_samples(args)
+    if Path(args.out).suffix.lower() == ".html":
+        raise UserError(f"--out {args.out}: the page goes beside it, under a name that ends in .html; expected another "
+                        "ending, such as .json")
 
 
 def read(file, number, evaluation):
-    """{path: [Sample, ...]}"""
-    return load_samples_of_models(file, evaluation, limit=4, lines=evaluation.args.lines)
+    args = evaluation.args
+    page = Path(args.out).with_suffix(".html")
+    if number > 0:
+        page = page.with_stem(f"{page.stem}-{number + 1}")
+    return Questions(load_samples_of_models(file, evaluation, limit=4, lines=args.lines), page)
 
 
-def ask(samples, model, opened, evaluation):
+def ask(questions, model, opened, evaluation):
     items = []
-    for sample in samples[opened.path]:
+    for sample in questions.samples[opened.path]:
         items.append(inspect_item(model, opened.tokenizer, sample, evaluation.dtype, evaluation.args.group_size))
     return Answers(items)
 
@@ -79,17 +92,16 @@ def inspect_item(model, tokenizer, sample, dtype=torch.float32, group_size=256):
     }
 
 
-def finish(samples, answers, evaluation):
+def finish(questions, answers, evaluation):
     """Writes the page."""
-    args = evaluation.args
-    page = Path(args.out).with_suffix(".html")
     results = {path: items for path, (items, _) in answers.items()}
-    write_whole(page, [inspect_page(results, args.group_size).encode(errors="replace")])
-    print(f"page: {page}")
+    page = inspect_page(results, evaluation.args.group_size)
+    write_whole(questions.page, [page.encode(errors="replace")])
+    evaluation.ranks.print(f"page: {questions.page}")
     return {}
 
 
-def rows(samples, answers, details, evaluation):
+def rows(questions, answers, details, evaluation):
     """A page has no rows."""
     return "", []
 

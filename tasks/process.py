@@ -108,7 +108,8 @@ def plain_name(name):
 def finish(questions, answers, evaluation):
     """Adds to every item, for each encoder, the cosine of what was named with the true name, and its percentile."""
     candidates = questions.candidates
-    truth = [candidates.index(plain_name(item["process"])) for item in questions.items]
+    places = {name: place for place, name in enumerate(candidates)}
+    truth = [places[plain_name(item["process"])] for item in questions.items]
     for encoder, encode in questions.encoders.items():
         fixed = encode(candidates) if encode else None
         for items, vectors in answers.values():

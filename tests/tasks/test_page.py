@@ -67,3 +67,27 @@ def test_the_page_shows_what_each_loss_looks_at(tmp_path, monkeypatch, capsys, t
     with pytest.raises(SystemExit):
         run(evaluation.main)
     assert "data.jsonl: --lines: there is no sample on line 7" in capsys.readouterr().err
+
+
+def test_every_file_has_a_page_and_no_page_is_written_over(tmp_path, monkeypatch, capsys, tokenizer):
+    save_with_tokenizer(small(tokenizer, 0), tmp_path / "a")
+    for name in ("one", "two", "three"):
+        write(tmp_path / f"{name}.jsonl", [{"prompt": "q", "response": f"words of {name}"}])
+    monkeypatch.chdir(tmp_path)
+    argv = ["eval.py", "a", "--tasks", "inspect", "nll", "inspect", "inspect", "--data", "one.jsonl", "one.jsonl", "two.jsonl", "three.jsonl", "--out"]
+    monkeypatch.setattr(sys, "argv", [*argv, "r.json"])
+    with pytest.raises(SystemExit) as exit:
+        run(evaluation.main)
+    assert exit.value.code == 0 and re.findall("page: (.*)", capsys.readouterr().out) == ["r.html", "r-2.html", "r-3.html"]
+    for page, name in (("r.html", "one"), ("r-2.html", "two"), ("r-3.html", "three")):
+        text = html.unescape(re.sub("</?b[^>]*>", "", (tmp_path / page).read_text()))
+        assert [f"words of {other}" in text for other in ("one", "two", "three")] == [other == name for other in ("one", "two", "three")]
+    assert len(json.loads((tmp_path / "r.json").read_text())["tasks"]) == 4
+    before = sorted(tmp_path.iterdir())
+    for out, words in (("page.html", "the page goes beside it"), ("r.HTML", "the page goes beside it"), ("./two.jsonl", "is a file of --data")):
+        monkeypatch.setattr(sys, "argv", [*argv, out])
+        with pytest.raises(SystemExit) as exit:
+            run(evaluation.main)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and error.startswith(f"error: --out {out}") and words in error and sorted(tmp_path.iterdir()) == before
+    assert "words of two" in (tmp_path / "two.jsonl").read_text()
