@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import itertools
 import math
-import os
 import random
 import sys
 import time
@@ -38,7 +37,7 @@ from runtime.flags import add_flags, check_bounds, flag, spelled
 from runtime.log import append_metrics
 from runtime.node import once_a_node
 from runtime.one_writer import check_still_ours, only_writer
-from runtime.process import Parser, Stop, UserError, leave_after_a_signal, run
+from runtime.process import Parser, Stop, UserError, leave_after_a_signal, read_launch, run
 from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
 from runtime.run_directory import begin, check_out, check_unchanged, describe, is_finished, tokens_sha256
@@ -153,7 +152,7 @@ def main():
     ranks = Ranks(settings.device)
     ranks.start()
     # torchrun restarts a job with the same command: then it goes on, whatever --no-resume said the first time.
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    restarts = read_launch().restarts
     settings.resume = bool(settings.resume or ranks.largest(restarts))
     if grid:
         default_job.run_job(settings, *grid, ranks, train, describe_run, check_memory)
@@ -755,7 +754,7 @@ def check_memory(config, settings, ranks):
     room = memory_bytes(ranks.device)
     if room is None:
         return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = read_launch().local_world
     dtype = compute_dtype(settings.dtype, ranks.device)
 
     def needed(change):

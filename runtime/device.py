@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from runtime.process import UserError
+from runtime.process import UserError, read_launch
 
 
 def find_device(name):
@@ -19,11 +19,11 @@ def find_device(name):
                             "torch for an older CUDA, or --device cpu")
     if name == "cuda":
         # One for each of torchrun's processes.
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        processes = read_launch().local_world
         if processes > torch.cuda.device_count():
             raise UserError(f"{processes} processes on this node, which has {torch.cuda.device_count()} CUDA devices; "
                             "expected one for each (--nproc_per_node), or --device cpu")
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{read_launch().local_rank}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

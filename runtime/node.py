@@ -1,14 +1,13 @@
 """What the ranks of a node have in common: one of them makes it, and memory holds it once."""
 
 import contextlib
-import os
 import tempfile
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from runtime.process import UserError
+from runtime.process import UserError, read_launch
 
 
 def once_a_node(ranks, load, make, *arguments):
@@ -19,7 +18,7 @@ def once_a_node(ranks, load, make, *arguments):
     """
     if ranks.world == 1:
         return make(*arguments)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = read_launch().local_rank
     # Whoever waits for 30 minutes fails, in any other group; some files take longer.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     directory = error = ""

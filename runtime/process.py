@@ -1,6 +1,7 @@
 """A command from its arguments to its exit code: users' mistakes, signals, and who speaks when a rank fails."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from runtime.terminal import guard_terminal
+from runtime.terminal import NobodyReads, guard_terminal
 
 
 class UserError(Exception):
@@ -23,6 +24,37 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+
+class Launch(NamedTuple):
+    """Who we are among the processes of torchrun; one process by itself is rank 0 of 1."""
+    rank: int
+    world: int                       # how many there are
+    local_rank: int                  # on this node
+    local_world: int
+    nodes: int
+    restarts: int
+
+
+def read_launch():
+    """The Launch that torchrun describes in environment variables. Raises UserError."""
+    world = number_of("WORLD_SIZE", 1, least=1)
+    local_world = number_of("LOCAL_WORLD_SIZE", 1, least=1)
+    nodes = number_of("GROUP_WORLD_SIZE", max(1, world // local_world), least=1)
+    launch = Launch(number_of("RANK", 0), world, number_of("LOCAL_RANK", 0), local_world, nodes,
+                    number_of("TORCHELASTIC_RESTART_COUNT", 0))
+    if launch.rank >= world:
+        raise UserError(f"RANK is {launch.rank} and WORLD_SIZE {world} in the environment; expected a smaller RANK, as "
+                        "torchrun sets it, or neither")
+    return launch
+
+
+def number_of(name, default, least=0):
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise UserError(f"{name} is {text!r} in the environment; expected a number from {least} on, as torchrun sets "
+                        "it, or none")
+    return int(text)
 
 
 class Ending(NamedTuple):
@@ -40,18 +72,19 @@ def run(main):
     torchrun names the first rank that exits as the cause and kills the others. A rank that only lost its peer is not
     the cause, and a user's mistake, which every rank makes, is for rank 0 to say: these ranks wait some seconds.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = 0, 1
     # Python processes that we start, workers and a compiler's, import nothing that lies in the current directory.
     os.environ["PYTHONSAFEPATH"] = "1"
     # As an exception, so that whatever is being written is cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     guard_terminal()
     try:
+        rank, world, *_ = read_launch()
         main()
         sys.stdout.flush()
         ending = Ending(0)
     except BaseException as error:
-        ending = ending_of(error, int(os.environ.get("RANK", 0)), world)
+        ending = ending_of(error, rank, world)
         if ending is None:
             raise
     if ending.lets_others_speak:
@@ -59,10 +92,11 @@ def run(main):
         time.sleep(10)
     if ending.message:
         print("error: " + " ".join(ending.message.split())[:1000], file=sys.stderr, flush=True)
+    with contextlib.suppress(NobodyReads, OSError):
+        sys.stdout.flush()
     if world > 1:
         # Everything is written. With gloo the interpreter's own teardown now and then aborts ("terminate called without
         # an active exception": seen in 1 of some 20 runs on three ranks), and torchrun would call the run a failure.
-        sys.stdout.flush()
         os._exit(ending.code or 0)
     sys.exit(ending.code)
 
@@ -82,9 +116,7 @@ def ending_of(error, rank, world):
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return Ending(1, "out of memory; training needs less of it with a smaller --micro-tokens, --recompute, "
                          "--shard all or --lora-rank")
-    if isinstance(error, BrokenPipeError):
-        # Whoever read our output (`| head`) has seen enough. What is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, NobodyReads):
         return Ending(0)
     if isinstance(error, OSError):
         return Ending(1, f"{error.filename}: {error.strerror}" if error.filename else str(error))

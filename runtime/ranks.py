@@ -1,7 +1,6 @@
 """The processes of torchrun: who we are among them, and the little that they say to each other beside gradients."""
 
 import contextlib
-import os
 import shlex
 import signal
 import sys
@@ -13,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from runtime.device import find_device
-from runtime.process import UserError
+from runtime.process import UserError, read_launch
+from runtime.terminal import NobodyReads
 
 
 class Ranks:
@@ -23,8 +23,7 @@ class Ranks:
     """
 
     def __init__(self, device_name):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world, *_ = read_launch()
         self.device = find_device(device_name)
         self.quiet = False
         self.said = set()
@@ -41,10 +40,10 @@ class Ranks:
             store, rank, world = next(dist.rendezvous("env://"))
         except ValueError as e:
             raise UserError(f"WORLD_SIZE is {self.world}, but {e}; expected to be started by torchrun") from None
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        if read_launch().nodes == 1:
             # torchrun restarts us with the store as it was, in which dead processes' addresses are. (On several nodes
             # each counts its restarts for itself, so that a prefix could differ.)
-            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            store = dist.PrefixStore(f"restart {read_launch().restarts}", store)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
@@ -52,15 +51,15 @@ class Ranks:
         """What was typed to start us, as far as we know."""
         program = "python"
         if self.world > 1:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            here = read_launch().local_world
             nodes = f"--nnodes={self.world // here} ... " if self.world > here else ""
             program = f"torchrun {nodes}--nproc_per_node={here}"
         return f"{program} {shlex.join(sys.argv)}"
 
     def print(self, *words):
         if self.rank == 0:
-            # Nobody may be reading any more; the run goes on.
-            with contextlib.suppress(BrokenPipeError):
+            # The run goes on.
+            with contextlib.suppress(NobodyReads):
                 print(*words, flush=True)
 
     def progress(self, *words):

@@ -13,7 +13,6 @@ last ones may hold fewer, or none.
 
 import contextlib
 import functools
-import os
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.process import UserError
+from runtime.process import UserError, read_launch
 
 
 SHARDS = ("no", "all", "node")                                            # of --shard
@@ -34,8 +33,9 @@ def ranks_per_copy(how, ranks):
         return 1
     if how == "all":
         return ranks.world
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if here * int(os.environ.get("GROUP_WORLD_SIZE", ranks.world // here)) != ranks.world:
+    launch = read_launch()
+    here = launch.local_world
+    if here * launch.nodes != ranks.world:
         raise UserError(f"--shard node: {ranks.world} ranks, {here} of them on this node; expected as many on each")
     return here
 

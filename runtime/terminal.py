@@ -1,5 +1,6 @@
 """What others wrote does not drive the terminal: all that is printed shows control characters as escapes."""
 
+import contextlib
 import os
 import re
 import sys
@@ -22,17 +23,42 @@ def escaped(text, keep=""):
                    for c in text)
 
 
+class NobodyReads(Exception):
+    """Whoever read our output (`| head`) has seen enough."""
+
+
 class Shown:
     """A text stream that shows what is not text. On stderr a write may begin by going back: libraries draw bars there,
-    and none of our own begins with what others wrote."""
+    and none of our own begins with what others wrote.
 
-    def __init__(self, stream, may_go_back):
-        self.stream, self.may_go_back = stream, may_go_back
+    Once it cannot be written to, what it is given is lost. stdout says so, once: raises NobodyReads, or OSError.
+    """
+
+    def __init__(self, stream, is_stderr):
+        self.stream, self.is_stderr = stream, is_stderr
 
     def write(self, text):
-        start = GOING_BACK.match(text)[0] if self.may_go_back else ""
-        self.stream.write(start + escaped(text[len(start):], keep="\n\t"))
+        start = GOING_BACK.match(text)[0] if self.is_stderr else ""
+        with self.given_up_at_an_error():
+            self.stream.write(start + escaped(text[len(start):], keep="\n\t"))
         return len(text)
+
+    def flush(self):
+        with self.given_up_at_an_error():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def given_up_at_an_error(self):
+        try:
+            yield
+        except OSError as e:
+            # What is still buffered has nowhere to go either. Python would fail with it when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.is_stderr:
+                return
+            if isinstance(e, BrokenPipeError):
+                raise NobodyReads from None
+            raise OSError(e.errno, e.strerror, "standard output") from None
 
     def writelines(self, lines):
         for line in lines:
@@ -44,9 +70,24 @@ class Shown:
 
 def guard_terminal():
     """Replaces stdout and stderr of this process. Files hold what they are given."""
+    open_what_is_closed()
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal may lack characters that the data has.
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Shown(sys.stdout, False), Shown(sys.stderr, True)
     # Or Python itself colours help and tracebacks, from 3.13 on, with what would show as escapes.
     os.environ["NO_COLOR"] = "1"
+
+
+def open_what_is_closed():
+    """Standard streams that whoever started us has closed lead nowhere. The next file that is opened would take such a
+    descriptor, and be printed into."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest that is free.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))

@@ -62,10 +62,10 @@ def test_what_is_not_text_is_escaped_and_writing_stays_whole():
     assert escaped(TEXTS) == TEXTS
 
 
-@pytest.mark.parametrize("may_go_back, shown", [(False, r"\r 5%\x1b[A\x1b[Ab\rc\x1b[A"), (True, "\r 5%\x1b[A\x1b[Ab\\rc\\x1b[A")])
-def test_a_progress_bar_goes_back_on_stderr_where_a_write_begins(may_go_back, shown):
+@pytest.mark.parametrize("is_stderr, shown", [(False, r"\r 5%\x1b[A\x1b[Ab\rc\x1b[A"), (True, "\r 5%\x1b[A\x1b[Ab\\rc\\x1b[A")])
+def test_a_progress_bar_goes_back_on_stderr_where_a_write_begins(is_stderr, shown):
     stream = io.StringIO()
-    terminal = Shown(stream, may_go_back)
+    terminal = Shown(stream, is_stderr)
     assert terminal.write("\r 5%") == 4
     terminal.writelines(["\x1b[A\x1b[A", "b\rc\x1b[A"])
     terminal.write("\n\td")

@@ -1,0 +1,27 @@
+"""Says something on stdout and stderr, as every command does, and leaves a file: `streams_worker.py FILE [mistake]`."""
+
+import sys
+from pathlib import Path
+
+from runtime.process import UserError, run
+from runtime.ranks import Ranks
+
+
+def main():
+    ranks = Ranks("cpu")
+    ranks.start()
+    for number in range(2000):
+        ranks.print("step", number)
+        print("progress", number, file=sys.stderr, flush=True)
+    with open(f"{sys.argv[1]}-{ranks.rank}", "w") as f:
+        # No descriptor of a standard stream, into which others print.
+        f.write(str(f.fileno() > 2))
+    ranks.barrier()
+    if "mistake" in sys.argv:
+        raise UserError("a mistake")
+    Path(f"{sys.argv[1]}-{ranks.rank}").rename(f"{sys.argv[1]}-{ranks.rank}-done")
+    if "print" in sys.argv:
+        print("done")
+
+
+run(main)
