@@ -13,11 +13,13 @@ import torch
 
 @contextlib.contextmanager
 def naming(path):
-    """Whatever OSError comes from within names this file. By itself it does so where a file is opened, and not where it
-    is read or written."""
+    """Has an OSError from within name this file, if it names no other. By itself it does where a file is opened, and
+    not where it is read or written."""
     try:
         yield
     except OSError as e:
+        if e.errno is None or str(e.filename) not in ("None", f"{path}.tmp"):
+            raise
         raise OSError(e.errno, e.strerror, str(path)) from None
 
 
@@ -44,7 +46,8 @@ def sync_directory(directory):
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
+    with naming(directory):
+        os.fsync(descriptor)
     os.close(descriptor)
 
 
@@ -55,7 +58,7 @@ def write_whole(path, chunks):
 
 
 def file_sha256(path):
-    with open(path, "rb") as f:
+    with naming(path), open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -114,7 +117,7 @@ def load_safetensors(path):
 def iterate_safetensors(path, names=None, rows=None):
     """Yields (name, CPU tensor) in the file's order, holding one at a time. names: only these, those that it has.
     rows: {name: (first, one past the last)}, of these no more than these rows. Raises as `load_safetensors`."""
-    with open(path, "rb") as f:
+    with naming(path), open(path, "rb") as f:
         for name, dtype, shape in safetensors_layout(f):
             size = math.prod(shape) * dtype.itemsize
             end = f.tell() + size

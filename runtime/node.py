@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from runtime.files import naming
 from runtime.process import UserError, read_launch
 
 
@@ -34,7 +35,9 @@ def once_a_node(ranks, load, make, *arguments):
         errors = [text for text in ranks.texts(error) if text]
         if errors:
             raise UserError(errors[0])
-        made = load(Path(ranks.texts(directory)[ranks.rank - local_rank]))
+        there = Path(ranks.texts(directory)[ranks.rank - local_rank])
+        with naming(there):
+            made = load(there)
         # Nothing is removed before all have it.
         ranks.barrier()
     dist.destroy_process_group(patient)

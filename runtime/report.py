@@ -3,7 +3,9 @@
 import importlib
 import json
 import os
+import threading
 
+from runtime.files import naming
 from runtime.process import UserError
 
 
@@ -32,16 +34,27 @@ class TensorBoard:
     def __init__(self, out, first_step):
         from torch.utils.tensorboard import SummaryWriter
         # What is after the checkpoint is hidden: metrics.jsonl was cut there. Without one, it begins with step 0.
-        self.writer = SummaryWriter(out / "tensorboard", purge_step=first_step + 1 if first_step else 0)
+        self.directory = out / "tensorboard"
+        self.writer = SummaryWriter(self.directory, purge_step=first_step + 1 if first_step else 0)
+        # Of a full disk: `add` says so.
+        threading.excepthook = be_silent_of_files
 
     def add(self, step, values):
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        # Or a kill could cost it steps that the checkpoint has.
-        self.writer.flush()
+        with naming(self.directory):
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            # Or a kill could cost it steps that the checkpoint has.
+            self.writer.flush()
 
     def close(self):
-        self.writer.close()
+        with naming(self.directory):
+            self.writer.close()
+
+
+def be_silent_of_files(failure):
+    """What a thread failed with is printed, but for an OSError."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 class WandB:

@@ -38,6 +38,9 @@ WITHOUT_EFFECT = {"out", "save_every", "eval_every", "log_every", "keep", "resum
 # What changes no more than the rounding of a run's numbers.
 ROUNDING = {"micro_tokens", "compile", "recompute", "shard", "device", "world_size", "threads", "git_commit", "python",
             "torch", "numpy", "tiktoken"}
+# What --no-resume deletes, and what it writes anew.
+DIRECTORIES = ("checkpoint", "model", "tensorboard", "wandb")
+FILES = ("config.json", "metrics.jsonl")
 # What cannot be config.json of a run.
 NOT_A_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -184,6 +187,7 @@ def check_out(out, record, resume):
         raise UserError(f"--out {out}: {parent} is a file; expected a new path, or a run")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {parent} cannot be written to; expected a directory that can")
+    check_parts(out, resume)
     try:
         another_run, _ = differences(json.loads((out / "config.json").read_bytes()), record)
     except NOT_A_CONFIG:
@@ -193,6 +197,22 @@ def check_out(out, record, resume):
     if resume and another_run:
         raise UserError(f"--out {out} holds another run ({'; '.join(another_run)}); name another --out, or --no-resume "
                         "to start again over it")
+
+
+def check_parts(out, resume):
+    """Raises UserError for what has the name of a part of a run and cannot be one: most are written after training."""
+    for name in (*DIRECTORIES, *FILES):
+        path = out / name
+        if not os.path.lexists(path):
+            continue
+        if name in FILES and not path.is_file():
+            raise UserError(f"--out {out}: {path} is no regular file; expected a new path, or a run")
+        if name in DIRECTORIES and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
+            raise UserError(f"--out {out}: {path} is no directory that can be written to; expected a new path, "
+                            "or a run")
+        if name in DIRECTORIES and path.is_symlink() and not resume:
+            raise UserError(f"--out {out}: {path} is a link, through which --no-resume deletes nothing; remove it, or "
+                            "name another --out")
 
 
 def is_finished(out, total, resume, ranks):
@@ -238,7 +258,7 @@ def begin(out, record, start, resume, ranks):
 
 
 def remove_earlier_run(out):
-    for name in ("checkpoint", "model", "tensorboard", "wandb"):
+    for name in DIRECTORIES:
         if (out / name).exists():
             shutil.rmtree(out / name)
 

@@ -409,6 +409,53 @@ def test_lost_lines_of_the_log_are_missed(directory, tmp_path, monkeypatch, caps
         shutil.rmtree(tmp_path / "checkpoint" / "step-4")
 
 
+def make_link(path):
+    shutil.copytree(path, path.with_name("elsewhere"))
+    shutil.rmtree(path)
+    path.symlink_to("elsewhere")
+
+
+def make_file(path):
+    shutil.rmtree(path, ignore_errors=True)
+    path.write_bytes(b"mine")
+
+
+def make_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def make_dangling(path):
+    shutil.rmtree(path)
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make, names, flags, words", [
+    (make_file, ["model", "checkpoint", "tensorboard", "wandb"], [], "is no directory that can be written to; expected a new path, or a run"),
+    (make_dangling, ["model", "checkpoint"], [], "is no directory that can be written to; expected a new path, or a run"),
+    (make_directory, ["metrics.jsonl", "config.json"], [], "is no regular file; expected a new path, or a run"),
+    (make_link, ["model", "checkpoint"], ["--no-resume"], "is a link, through which --no-resume deletes nothing; remove it, or name another --out"),
+    (make_link, ["model", "checkpoint"], [], None)])
+def test_parts_of_another_kind_are_seen_before_training(make, names, flags, words, directory, tmp_path, monkeypatch, capsys):
+    argv = [*kill.command("one process", directory), "--steps", 2]
+    assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 0
+    for name in names:
+        out = tmp_path / name
+        shutil.copytree(tmp_path / "run", out)
+        make(out / name)
+        if words is None:
+            # To another disk, say. The run goes on.
+            (out / "model" / "config.json").unlink()
+        before = sorted(out.rglob("*"))
+        capsys.readouterr()
+        code = call(monkeypatch, *argv, *flags, "--out", out)
+        if words is None:
+            assert code == 0 and (out / "model" / "config.json").is_file() and (out / name).is_symlink()
+            continue
+        assert code == 2 and capsys.readouterr().err == f"error: --out {out}: {out / name} {words}\n"
+        assert sorted(out.rglob("*")) == before
+
+
 @pytest.mark.slow
 def test_a_directory_that_cannot_be_written_to(directory, monkeypatch, capsys, tmp_path):
     argv = kill.command("one process", directory)
@@ -419,6 +466,11 @@ def test_a_directory_that_cannot_be_written_to(directory, monkeypatch, capsys, t
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
     assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 2
     assert f"{tmp_path} cannot be written to" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    monkeypatch.setattr(os, "access", access)
+    assert call(monkeypatch, *argv, "--steps", 1, "--out", tmp_path / "run") == 0
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "model" and access(path, mode))
+    assert call(monkeypatch, *argv, "--steps", 1, "--out", tmp_path / "run") == 2
+    assert f"{tmp_path}/run/model is no directory that can be written to" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,18 @@
 """Files that are whole or not there, and safetensors against the library."""
 
+import io
 import json
 import os
 import signal
+import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
 
-from runtime.files import load_safetensors, replacing, save_safetensors
+from runtime.files import file_sha256, load_safetensors, replacing, save_safetensors
+from runtime.log import append_metrics
 from runtime.process import run
 
 
@@ -18,6 +22,34 @@ def test_an_error_names_the_file_and_leaves_nothing(tmp_path):
             f.write(b"half")
             raise error
         assert os.listdir(tmp_path) == [] and getattr(e.value, "filename", "") in ("", str(tmp_path / "file"))
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path):
+    """Of one that is read while this one is written."""
+    for error in (OSError(5, "Input/output error", "weights"), OSError("no number")):
+        with pytest.raises(OSError) as e, replacing(tmp_path / "file"):
+            raise error
+        assert e.value is error and os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full")
+def test_a_log_without_room_is_named():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        append_metrics(Path("/dev/full"), [{"step": 1}])
+
+
+@pytest.mark.parametrize("read", [file_sha256, load_safetensors])
+def test_a_file_that_cannot_be_read_is_named(read, tmp_path, monkeypatch):
+    save_safetensors({"a": torch.zeros(2)}, tmp_path / "a")
+
+    class Broken(io.FileIO):
+        def readinto(self, buffer):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", lambda path, mode: Broken(path, mode))
+    with pytest.raises(OSError) as e:
+        read(tmp_path / "a")
+    assert e.value.filename == str(tmp_path / "a")
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 
 import pytest
 from support import ROOT, SMALL, call, metrics, torchrun
 
 import bft
+from runtime import run_directory
 from runtime.checkpoint import checkpoints
 
 
@@ -143,6 +145,22 @@ def test_a_run_that_stops_reports_what_it_has(tmp_path, monkeypatch):
     assert call(monkeypatch, *ARGV, "--objective", "sft", "--report", "wandb", "--out", tmp_path / "run") == 1
     file, = wandb_files(tmp_path / "run")
     assert wandb_lines(file)[0] == pytest.approx(logged_lines(tmp_path / "run")) and metrics(tmp_path / "run")[-1]["step"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("report, room, name", [([], 1200, "metrics.jsonl"), (["--report", "tensorboard"], 7000, "tensorboard")])
+def test_a_full_disk_names_what_has_no_room(report, room, name, tmp_path, monkeypatch, capfd):
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(run_directory, "write_whole", lambda *_: None)    # config.json may be larger
+    (tmp_path / "run").mkdir()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        code = call(monkeypatch, *ARGV, *report, "--log-every", 1, "--steps", 30, "--save-every", 0, "--out", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1 and capfd.readouterr().err == f"error: {tmp_path}/run/{name}: File too large\n"
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import tracemalloc
 
@@ -58,6 +60,21 @@ BROKEN = [b'{"step": 2, "loss": 1.2', b'{"step": 2, "lo{"step": 2, "loss": 1.5}'
 
 def logged(step, **values):
     return json.dumps({"step": step, **(values or {"loss": step / 7, "mfu": None, "clipped": False, "lr": 1e-5, "nll": math.nan})}).encode()
+
+
+@pytest.mark.parametrize("name", [None, "linked", "copy"])
+def test_what_has_another_name_too_is_not_cut(name, tmp_path):
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other"
+    other.write_bytes(logged(1) + b"\n" + logged(2) + b"\n")
+    if name == "linked":
+        path.symlink_to(other)
+    else:
+        (os.link if name else shutil.copy)(other, path)
+    before, inode = other.read_bytes(), path.stat().st_ino
+    assert cut_metrics(path, 1) == (1, False)
+    assert path.read_bytes() == logged(1) + b"\n" and other.read_bytes() == before
+    # In place, where it may be.
+    assert (path.stat().st_ino == inode) == (name is None)
 
 
 @pytest.mark.parametrize("last", [1, 3, 4, 9])
