@@ -92,6 +92,7 @@ def run(main):
         time.sleep(10)
     if ending.message:
         print("error: " + " ".join(ending.message.split())[:1000], file=sys.stderr, flush=True)
+    # Whether that fails makes no difference to the exit code.
     with contextlib.suppress(NobodyReads, OSError):
         sys.stdout.flush()
     if world > 1:

@@ -31,7 +31,7 @@ class Shown:
     """A text stream that shows what is not text. On stderr a write may begin by going back: libraries draw bars there,
     and none of our own begins with what others wrote.
 
-    Once it cannot be written to, what it is given is lost. stdout says so, once: raises NobodyReads, or OSError.
+    What cannot be written is lost, and all that follows. stdout says so, once: it raises NobodyReads, or OSError.
     """
 
     def __init__(self, stream, is_stderr):
@@ -39,20 +39,20 @@ class Shown:
 
     def write(self, text):
         start = GOING_BACK.match(text)[0] if self.is_stderr else ""
-        with self.given_up_at_an_error():
+        with self.lost_at_an_error():
             self.stream.write(start + escaped(text[len(start):], keep="\n\t"))
         return len(text)
 
     def flush(self):
-        with self.given_up_at_an_error():
+        with self.lost_at_an_error():
             self.stream.flush()
 
     @contextlib.contextmanager
-    def given_up_at_an_error(self):
+    def lost_at_an_error(self):
         try:
             yield
         except OSError as e:
-            # What is still buffered has nowhere to go either. Python would fail with it when it exits.
+            # What is buffered has nowhere to go either: Python would fail with it when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if self.is_stderr:
                 return

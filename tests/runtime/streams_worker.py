@@ -10,6 +10,9 @@ from runtime.ranks import Ranks
 def main():
     ranks = Ranks("cpu")
     ranks.start()
+    if "mistake" in sys.argv:
+        print("not flushed")
+        raise UserError("a mistake")
     for number in range(2000):
         ranks.print("step", number)
         print("progress", number, file=sys.stderr, flush=True)
@@ -17,8 +20,6 @@ def main():
         # No descriptor of a standard stream, into which others print.
         f.write(str(f.fileno() > 2))
     ranks.barrier()
-    if "mistake" in sys.argv:
-        raise UserError("a mistake")
     Path(f"{sys.argv[1]}-{ranks.rank}").rename(f"{sys.argv[1]}-{ranks.rank}-done")
     if "print" in sys.argv:
         print("done")

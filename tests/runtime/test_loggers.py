@@ -152,8 +152,9 @@ def test_a_run_that_stops_reports_what_it_has(tmp_path, monkeypatch):
 def test_a_full_disk_names_what_has_no_room(report, room, name, tmp_path, monkeypatch, capfd):
     import resource
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     monkeypatch.setattr(run_directory, "write_whole", lambda *_: None)    # config.json may be larger
+    monkeypatch.setattr(run_directory, "git", lambda *_: b"")             # git would end in the middle of its index
     (tmp_path / "run").mkdir()
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:

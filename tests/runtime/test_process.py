@@ -48,7 +48,8 @@ def start(ranks, arguments, **streams):
     """Starts streams_worker.py with its stdout and stderr as told: "closed", "gone" (a pipe whose reader has left), "full" (a disk), or kept in a
     file."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Output waits in buffers, if Python was not told otherwise.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     descriptors, closed = {}, []
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         how = streams.get(name)
@@ -86,8 +87,9 @@ def test_a_run_ends_well_whoever_reads(ranks, ways, tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full")
 def test_an_end_is_the_same_whoever_reads(tmp_path):
     """Of a mistake, and of a disk with no room for what is said."""
-    processes = [start(1, [tmp_path / "a", "mistake"], stdout="gone", stderr=tmp_path / "a-said"), start(1, [tmp_path / "b", "mistake"], stderr="closed"),
-                 start(1, [tmp_path / "c", "mistake"], stdout="closed", stderr="gone"), start(1, [tmp_path / "d"], stdout="full", stderr=tmp_path / "d-said")]
-    assert [process.wait(120) for process in processes] == [2, 2, 2, 1]
-    assert (tmp_path / "a-said").read_text().endswith("\nerror: a mistake\n")
-    assert (tmp_path / "d-said").read_text() == "error: standard output: No space left on device\n"
+    ways = [{"stdout": "gone"}, {"stdout": "full"}, {"stdout": "closed", "stderr": "gone"}, {"stderr": "closed"}]
+    processes = [start(1, ["none", "mistake"], **{"stderr": tmp_path / str(number), **way}) for number, way in enumerate(ways)]
+    processes.append(start(1, [tmp_path / "run"], stdout="full", stderr=tmp_path / "said"))
+    assert [process.wait(120) for process in processes] == [2, 2, 2, 2, 1]
+    assert [(tmp_path / name).read_text() for name in "01"] == ["error: a mistake\n"] * 2
+    assert (tmp_path / "said").read_text() == "error: standard output: No space left on device\n"
