@@ -1,6 +1,7 @@
 """The processes of torchrun: who we are among them, and the little that they say to each other beside gradients."""
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
