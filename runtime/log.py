@@ -35,23 +35,24 @@ def cut_metrics(path, last):
     """Takes what follows step `last` out of a metrics.jsonl, and what a crash left of a line. Returns (number of steps
     that are left, whether the last was validated). One line is in memory at a time."""
     steps, validated = 0, False
-    size = end = 0                   # of what stays: its bytes, and where it ends now
+    size, in_place = 0, True         # of what stays: its bytes, and whether they are the first of the file
     with naming(path), open(path, "a+b") as f:
         f.seek(0)
         for line, step in our_lines(f):
             if step > last:
                 continue
-            size, end = size + len(line), f.tell()
+            size += len(line)
+            in_place = in_place and size == f.tell() and line.endswith(b"\n")
             steps += b'"loss"' in line
             if step == last and b'"val_nll"' in line:
                 validated = True
-        # Where nothing is to go from its middle. Under another name the file may be somebody's copy.
-        may_be_cut = size == end and not path.is_symlink() and path.stat().st_nlink == 1
-        if may_be_cut:
-            f.truncate(end)
-    if not may_be_cut:
+        # Under another name the file may be somebody's copy.
+        in_place = in_place and not path.is_symlink() and path.stat().st_nlink == 1
+        if in_place:
+            f.truncate(size)
+    if not in_place:
         with open(path, "rb") as old, replacing(path) as new:
-            new.writelines(line for line, step in our_lines(old) if step <= last)
+            new.writelines(line.removesuffix(b"\n") + b"\n" for line, step in our_lines(old) if step <= last)
     return steps, validated
 
 
@@ -61,7 +62,7 @@ def our_lines(f):
         if match := PLAIN_LINE.fullmatch(line):
             yield line, int(match[1])
         elif row := parse(line):
-            yield line.rstrip() + b"\n", row["step"]
+            yield line, row["step"]
 
 
 def append_metrics(path, lines):

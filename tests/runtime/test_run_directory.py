@@ -92,7 +92,7 @@ def test_a_log_is_cut_back_to_a_step_and_keeps_its_bytes(last, tmp_path):
 
 def test_the_last_line_of_a_log_may_lack_its_end(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for content in (logged(1), logged(1) + b"\r\n"):
+    for content in (logged(1), b"\n" + logged(1), logged(1) + b"\n" + logged(2), logged(1) + b"\n{"):
         path.write_bytes(content)
         assert cut_metrics(path, 1) == (1, False) and path.read_bytes() == logged(1) + b"\n"
     path.unlink()

@@ -158,9 +158,9 @@ def test_ranks_that_round_differently_end_after_the_same_token():
 
 
 def test_ranks_of_a_node_must_be_as_many_on_each(monkeypatch):
-    ranks = Ranks("cpu")
-    ranks.world = 6
+    monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    ranks = Ranks("cpu")
     assert [sharding.ranks_per_copy(how, ranks) for how in ("no", "all")] == [1, 6]
     with pytest.raises(UserError, match="--shard node: 6 ranks, 4 of them on this node; expected as many on each"):
         sharding.ranks_per_copy("node", ranks)
