@@ -86,7 +86,7 @@ def fill_model(model, directory, place=lambda rows, p: rows):
     for file in files:
         for name_in_file, t in iterate_safetensors(file, rows=rows):
             if not all_finite(t):
-                raise ValueError(f"{file}: {name_in_file} has values that are infinite or no numbers")
+                raise ValueError(f"{file}: {name_in_file} has values that are infinite or no numbers (NaN)")
             for name, part in as_ours(name_in_file, t, gpt2):
                 if gpt2:
                     part = my_rows(part, parameters[name])
@@ -291,7 +291,8 @@ def merged(name, model, places, writes):
     if not writes:
         return torch.empty(p.shape, device="meta")
     if not all_finite(whole, dtype):
-        raise ValueError(f"{name} has values that are infinite, no numbers, or beyond {dtype}, the dtype of its file")
+        raise ValueError(f"{name} has values that are infinite, no numbers (NaN), or beyond {dtype}, the dtype of "
+                         "its file")
     return whole.to(dtype)
 
 

@@ -1,6 +1,7 @@
 """One writer: while a command writes into a run directory, no other does.
 
-The command holds a lock on OUT/writer.lock, which ends with its process, however that dies. Some disks cannot lock: a
+The command holds a lock on OUT/writer.lock, which ends with its process, however that dies; the file goes with it, but
+after a kill. Some disks cannot lock: a
 run therefore has an id as well, in config.json and in every checkpoint, and stops where it finds another run's.
 """
 
@@ -23,40 +24,67 @@ def only_writer(out, ranks):
     with contextlib.ExitStack() as stack:
         refusal = ""
         if ranks.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(out / "writer.lock", "ab+", buffering=0))
-            refusal = lock(file, out, ranks)
+            refusal = stack.enter_context(locked(out, ranks))
         refusal, *_ = ranks.texts(refusal)
         if refusal:
             raise UserError(refusal)
         yield
 
 
-def lock(file, out, ranks):
-    """Locks an unbuffered file until it is closed, and writes into it whose it is. Returns why not, if another has it.
-    """
-    give_up = time.monotonic() + PATIENCE
+@contextlib.contextmanager
+def locked(out, ranks):
+    """Holds the lock while it is entered, and yields ""; or why it cannot. Nothing stays where nothing was written."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    file, refusal = lock(out, ranks)
+    try:
+        yield refusal
+    finally:
+        if not refusal:
+            (out / "writer.lock").unlink(missing_ok=True)
+        file.close()
+        for directory in made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def lock(out, ranks):
+    """(The open lock file, "") when it is ours until it is closed; or (the file, why not) after PATIENCE."""
+    path, give_up = out / "writer.lock", time.monotonic() + PATIENCE
     while True:
+        file = open(path, "ab+", buffering=0)
         try:
             # Windows has no such module.
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
         except BlockingIOError:
             if time.monotonic() > give_up:
                 file.seek(0)
                 writer = file.read(200).decode(errors="replace").strip() or "another command"
-                return (f"--out {out} is being written by {writer}; expected to be its only writer: wait for it, stop "
-                        "it, or name another --out")
+                return file, (f"--out {out} is being written by {writer}; expected to be its only writer: wait for it, "
+                              "stop it, or name another --out")
+            file.close()
             time.sleep(0.2)
+            continue
         except (OSError, ImportError) as e:
             ranks.once(f"warning: {out} cannot be locked ({e}); do not run two commands with this --out at a time")
+            return file, ""
+        if is_at(path, file):
             break
+        # Its holder deleted it when it was done: others lock the next one.
+        file.close()
     # The lock is what counts: a full disk will be told by what is written next.
     with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return ""
+    return file, ""
+
+
+def is_at(path, file):
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def run_id_of(file):

@@ -4,7 +4,7 @@
     metrics.jsonl             a line a step
     checkpoint/step-N/        weights that are trained, and the optimizer's state
     model/                    the result as a Hugging Face directory
-    writer.lock               see runtime/one_writer.py
+    writer.lock               while it is written: see runtime/one_writer.py
     tensorboard/, wandb/      what --report wrote
 """
 
@@ -67,7 +67,7 @@ def describe(settings, objective, files, sets, optimizer, ranks):
                          "tiktoken": tiktoken.__version__},
             "device": f"{device.type}: {device_name(device)}",
             "dtype": str(compute_dtype(settings.dtype, device)),
-            "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+            "world_size": ranks.world,
             "threads": torch.get_num_threads(),
             "sha256": {**digests, "tokens": tokens_sha256(*sets)}}
 
@@ -87,7 +87,8 @@ def git_commit():
 def git(*arguments):
     """What git prints of this checkout, bytes; nothing if it fails, or is not there."""
     try:
-        return subprocess.run(["git", "-C", CHECKOUT, *arguments], capture_output=True).stdout
+        # Nothing is written, not even a lock: other commands may run at the same time.
+        return subprocess.run(["git", "--no-optional-locks", "-C", CHECKOUT, *arguments], capture_output=True).stdout
     except OSError:
         return b""
 
@@ -243,6 +244,7 @@ def begin(out, record, start, resume, ranks):
         if start:
             record = with_history(out, record, start, ranks)
         record = {"run_id": run_id, **record}
+        out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "config.json", [json.dumps(record, indent=2).encode()])   # first: by it a run is known
         (out / "checkpoint").mkdir(exist_ok=True)
         for unfinished in (out / "checkpoint").glob("*.tmp"):             # of a run that was killed while it wrote

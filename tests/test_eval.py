@@ -15,6 +15,7 @@ from support import ASSETS, ROOT, save_with_tokenizer
 
 import eval as evaluation
 import hf
+from runtime.files import load_safetensors, save_safetensors
 from runtime.process import UserError, run
 from tasks import Answers, items_of, statistics
 from tasks.choice import choice_items, load_choice
@@ -414,10 +415,18 @@ def test_a_missing_library_is_named_with_its_command(work, task, library, argv, 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is left where it fails
 
-def test_a_ruined_model_has_no_scores(tmp_path, monkeypatch, capsys, tokenizer):
+@pytest.mark.parametrize("ruin", ["weights", "what is computed with them"])
+def test_a_ruined_model_has_no_scores(ruin, tmp_path, monkeypatch, capsys, tokenizer):
     model = small(tokenizer, 0)
-    model.norm.weight.data[0] = math.nan
+    if ruin != "weights":
+        # Finite, and too large: a sum of what is infinite on both sides.
+        model.norm.weight.data.fill_(3e38)
+        model.head.data.mul_(100)
     save_with_tokenizer(model, tmp_path / "model")
+    if ruin == "weights":
+        tensors = load_safetensors(tmp_path / "model" / "model.safetensors")
+        tensors["model.norm.weight"][0] = math.nan
+        save_safetensors(tensors, tmp_path / "model" / "model.safetensors")
     for temperature in "01":
         assert call(monkeypatch, tmp_path / "model", "--prompt", "Why?", "--temperature", temperature) == 2
         assert "no numbers (NaN)" in capsys.readouterr().err

@@ -69,3 +69,11 @@ def test_the_authors_losses_are_compared_with_ours(factor, apart, tmp_path):
     ours, dft, empty = done.stdout.splitlines()
     assert max(float(v) for v in re.findall(r"[\d.]+e-\d+", ours)) < 1e-5 and "0.800 of ours" in empty
     assert apart in dft and dft.count(apart) == 2
+
+
+@pytest.mark.slow
+def test_growth_has_a_row_for_each_size():
+    done = forked(1, BENCH / "growth.py", "--dry", path=())
+    assert done.returncode == 0, done.stderr
+    samples, steps = done.stdout.split("logged steps")
+    assert [line.split()[0] for line in samples.splitlines()[4:6]] == [line.split()[0] for line in steps.splitlines()[1:]] == ["10", "40"]

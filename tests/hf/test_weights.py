@@ -243,7 +243,7 @@ def test_weights_that_are_none_in_their_file_are_not_written(number, where, tmp_
         projection.lora_a.data[0, 0], projection.lora_b.data[3, 0] = 1.0, number
     else:
         projection.weight.data[3, 0] = number
-    with pytest.raises(ValueError, match="layers.1.self_attn.q_proj.weight has values that are infinite, no numbers, or beyond torch.float16"):
+    with pytest.raises(ValueError, match="layers.1.self_attn.q_proj.weight has values that are infinite, no numbers .NaN., or beyond torch.float16"):
         hf.save_model(model, tmp_path / "saved", tmp_path / "base" if where == "adapter" else None)
     assert not (tmp_path / "saved" / "config.json").exists()
 

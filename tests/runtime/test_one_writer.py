@@ -62,7 +62,23 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path, no_patienc
         with only_writer(tmp_path / "b", ranks):
             pass
     with only_writer(out, ranks):
-        pass
+        (out / "kept").touch()
+    assert os.listdir(out) == ["kept"] and not (tmp_path / "b").exists()  # where nothing was written nothing stays
+
+
+def test_whoever_waited_for_a_lock_that_is_gone_takes_the_next_one(tmp_path, monkeypatch, no_patience):
+    """Or it would hold a deleted file, and whoever comes then another."""
+    ranks, real, to_delete = Ranks("cpu"), fcntl.flock, ["writer.lock"]
+
+    def lock_what_is_deleted_meanwhile(file, how):
+        real(file, how)
+        if to_delete:
+            (tmp_path / to_delete.pop()).unlink()
+    monkeypatch.setattr(fcntl, "flock", lock_what_is_deleted_meanwhile)
+    with only_writer(tmp_path, ranks):
+        assert (tmp_path / "writer.lock").read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(UserError, match="is being written"), only_writer(tmp_path, ranks):
+            pass
 
 
 def test_a_disk_that_cannot_lock_is_remarked_upon_once(tmp_path, monkeypatch, capsys):
