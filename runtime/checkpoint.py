@@ -124,9 +124,12 @@ def optimizer_state(trained, optimizer):
 def not_finite(trained, optimizer, dtypes):
     """The names of what a checkpoint must not hold, of the rows of this rank: parameters and moments in which something
     is infinite or NaN, or will be in the dtype of its file ({name: dtype}, for those that have one)."""
-    names = [name for name, p in trained.items() if not all_finite(local(p.detach()), dtypes.get(name))]
-    names += [key for key, value in optimizer_state(trained, optimizer) if not all_finite(local(value))]
-    return names
+    finite = {name: all_finite(local(p.detach()), dtypes.get(name)) for name, p in trained.items()}
+    finite.update((key, all_finite(local(value))) for key, value in optimizer_state(trained, optimizer))
+    device = next(iter(finite.values())).device
+    # It is waited for once. (An optimizer may keep its numbers elsewhere.)
+    verdicts = torch.stack([verdict.to(device) for verdict in finite.values()]).tolist()
+    return [name for name, is_finite in zip(finite, verdicts) if not is_finite]
 
 
 def write_state(directory, run_id, step, files, trained, optimizer):

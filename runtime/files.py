@@ -63,12 +63,12 @@ def file_sha256(path):
 
 
 def all_finite(t, dtype=None):
-    """Whether every number of a tensor is finite, and would be in this dtype. No copy of it is made."""
+    """Whether every number of a tensor is finite, and would be in this dtype: 0-d bool. No copy of it is made."""
     if t.numel() == 0:
-        return True
+        return torch.ones((), dtype=torch.bool, device=t.device)
     # NaN, if there is one.
     extremes = torch.stack(torch.aminmax(t))
-    return bool(extremes.to(dtype or t.dtype).isfinite().all())
+    return extremes.to(dtype or t.dtype).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

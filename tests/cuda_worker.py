@@ -38,7 +38,7 @@ MICRO_TOKENS = 130
 # What is counted apart. Phases within others are counted there alone.
 PHASES = [(train, "prepare_model"), (train, "resume_from_checkpoint"), (train, "forward_backward"), (bft, "weigh"),
           (bft, "objective_loss"), (train, "sample_statistics"), (train, "clip_gradient"), (train.StepLog, "write"), (train, "validate"),
-          (train, "save_checkpoint"), (train, "save_result")]
+          (train, "check_numbers"), (train, "save_checkpoint"), (train, "save_result")]
 
 
 class LivelyGPT(model_module.GPT):
