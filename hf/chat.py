@@ -17,11 +17,13 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import NamedTuple
@@ -496,6 +498,7 @@ class Renderer:
                                         stderr=subprocess.DEVNULL, text=True, encoding="ascii", env=environment,
                                         cwd=RENDERER.parent)
         weakref.finalize(self, stop, self.process)
+        self.watchdog = Watchdog(self.process)
         self.unsent = json.dumps([template, names]) + "\n"
 
     def render(self, messages, wanted):
@@ -503,9 +506,7 @@ class Renderer:
 
         Raises ValueError, with the template's words.
         """
-        timer = threading.Timer(RENDER_SECONDS, self.process.kill)
-        timer.daemon = True
-        timer.start()
+        self.watchdog.deadline = time.monotonic() + RENDER_SECONDS
         try:
             self.process.stdin.write(self.unsent + json.dumps([messages, wanted]) + "\n")
             self.unsent = ""
@@ -513,9 +514,8 @@ class Renderer:
             line = self.process.stdout.readline()
         except OSError:
             line = ""
-        finally:
-            was_in_time = timer.is_alive()
-            timer.cancel()
+        was_in_time = time.monotonic() < self.watchdog.deadline
+        self.watchdog.deadline = math.inf
         if not line.endswith("\n"):
             start_renderer.cache_clear()
             reason = "its process has ended" if was_in_time else f"it takes more than {RENDER_SECONDS} s"
@@ -524,6 +524,21 @@ class Renderer:
         if "error" in answer:
             raise ValueError(f"it cannot be rendered: {answer['error']}")
         return answer["texts"]
+
+
+class Watchdog:
+    """Kills a process after `deadline`, a time.monotonic(). (To start a timer for each conversation would take longer
+    than to render it.)"""
+
+    def __init__(self, process):
+        self.process, self.deadline = process, math.inf
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        while self.process.poll() is None:
+            if time.monotonic() > self.deadline:
+                self.process.kill()
+            time.sleep(0.1)
 
 
 def directories_of_packages(oldest):
