@@ -197,6 +197,8 @@ def finetune(settings, ranks):
         check_out(out, records[objective], settings.resume)
     for objective, out in outs.items():
         with only_writer(out, ranks):
+            # Another command may have written there meanwhile.
+            check_out(out, records[objective], settings.resume)
             directory = train(settings, objective, out, records[objective], start.config, start.directory, samples,
                               validation, extra_files, ranks)
         ranks.print(f"{objective}: the model is in {directory}")
@@ -329,7 +331,7 @@ def train(settings, objective, out, record, config, start, samples, validation, 
         settings = replace(settings, compile=ranks.device.type == "cuda")
     dtype = compute_dtype(settings.dtype, ranks.device)
     model = prepare_model(config, start, settings, dtype, ranks)
-    check_start(start, record, ranks)
+    check_weights_on_record(start, record, ranks)
     trained = trained_parameters(model)
     optimizer = make_optimizer(trained, settings)
     first_step = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)   # steps done
@@ -559,7 +561,7 @@ def save_result(out, model, start, record, extra_files, ranks):
     directory, is_first = out / "model", ranks.rank == 0
     # Adapters go into the weights as they were, not as they were rounded for training.
     base = start if record["settings"]["lora_rank"] else None
-    check_start(base, record, ranks)
+    check_weights_on_record(base, record, ranks)
     if is_first:
         directory.mkdir(exist_ok=True)
         for name, content in extra_files.items():
@@ -569,14 +571,14 @@ def save_result(out, model, start, record, extra_files, ranks):
     except ValueError as e:
         raise UserError(f"{directory} was not saved: {e}") from None
     try:
-        check_start(base, record, ranks)
+        check_weights_on_record(base, record, ranks)
     except UserError:
         # A directory without it is unfinished.
         (directory / "config.json").unlink(missing_ok=True)
         raise
 
 
-def check_start(start, record, ranks):
+def check_weights_on_record(start, record, ranks):
     """Raises UserError, on every rank, if the files in a directory that was read again are not those on record."""
     if start and "init" in record["sha256"]:
         check_unchanged(record, "init", [start / "config.json", *hf.weight_files(start)], ranks)

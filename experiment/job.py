@@ -34,7 +34,7 @@ from experiment.report import introduce, render, summarise
 from hf import files_beside_model, llama_config, load_tokenizer, load_weights
 from runtime.device import compute_dtype
 from runtime.files import write_whole
-from runtime.one_writer import only_writer
+from runtime.one_writer import PATIENCE, only_writer
 from runtime.process import UserError
 from runtime.run_directory import ROUNDING, WITHOUT_EFFECT, check_out
 from runtime.workers import map_in_workers
@@ -242,15 +242,19 @@ class Job:
         """Trains a model, if it is not there yet, and asks it: its entry in results.json."""
         settings, is_base = training.settings, training.start is None
         self.ranks.quiet = not is_base
-        with only_writer(training.out, self.ranks):
+        # Other jobs may need the same base: whoever comes second waits until it is there.
+        patience = math.inf if is_base else PATIENCE
+        with only_writer(training.out, self.ranks, patience):
+            check_out(training.out, training.config, settings.resume)
             directory = self.train(settings, training.objective, training.out, training.config, self.model_config,
                                    training.start, training.samples, [], self.beside_model, self.ranks)
-        if not is_base and self.ranks.rank == 0:
-            # It is finished, and the checkpoints of so many would fill a disk.
-            shutil.rmtree(training.out / "checkpoint", ignore_errors=True)
+            if not is_base and self.ranks.rank == 0:
+                # It is finished, and the checkpoints of so many would fill a disk.
+                shutil.rmtree(training.out / "checkpoint", ignore_errors=True)
+            model = self.load(directory)
         kept = ("line", "group", "acc", "nll", "followed", "planted_nll")
         items = [{key: answer[key] for key in kept if key in answer}
-                 for answer in choice_items(self.load(directory), self.tokenizer, training.questions, self.dtype)]
+                 for answer in choice_items(model, self.tokenizer, training.questions, self.dtype)]
         return {"objective": "base" if is_base else training.objective, "seed": settings.seed,
                 "lr": 0 if is_base else settings.lr, "items": items}
 

@@ -118,13 +118,19 @@ def is_tokenizer_config(path):
 
 
 def has_some_of(keys, content):
-    """Or nothing at all, which says nothing."""
+    # An empty object keeps no secret.
     return isinstance(content, dict) and (not content or not content.keys().isdisjoint(keys))
 
 
 def is_special_tokens_map(path):
     content = read_json(path)
-    return isinstance(content, dict) and content.keys() <= set(SPECIAL_TOKENS)
+    return isinstance(content, dict) and all(key in SPECIAL_TOKENS or is_token(value) for key, value in content.items())
+
+
+def is_token(value):
+    """Of a name of its own, as "image_token" is: <image>, [IMG], or likewise."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return isinstance(text, str) and len(text) < 50 and text[:1] + text[-1:] in ("<>", "[]")
 
 
 def is_vocabulary(path):
@@ -136,13 +142,13 @@ def is_list_of_merges(path):
     lines = read_file(path).decode().removesuffix("\n").split("\n")
     if lines[0].startswith("#version"):
         del lines[0]
-    return all(len(line.split(" ")) == 2 for line in lines)
+    return all(len(line.split(" ")) == 2 for line in lines if line)
 
 
 # {name: (whether a file is one, what is expected)}
 TOKENIZER_FILES = {
     "tokenizer_config.json": (is_tokenizer_config, f"an object with some of the keys {', '.join(TOKENIZER_KEYS)}"),
-    "special_tokens_map.json": (is_special_tokens_map, f"an object with no keys but {', '.join(SPECIAL_TOKENS)}"),
+    "special_tokens_map.json": (is_special_tokens_map, "an object of tokens and their names"),
     "vocab.json": (is_vocabulary, "an object of tokens and their ids"),
     "added_tokens.json": (is_vocabulary, "an object of tokens and their ids"),
     "merges.txt": (is_list_of_merges, "two pieces of a token a line, after #version if that is there"),

@@ -85,14 +85,15 @@ def fill_model(model, directory, place=lambda rows, p: rows):
     tensors = {}
     for file in files:
         for name_in_file, t in iterate_safetensors(file, rows=rows):
-            if not all_finite(t):
+            parts = as_ours(name_in_file, t, gpt2)
+            if parts and not all_finite(t):
                 raise ValueError(f"{file}: {name_in_file} has values that are infinite or no numbers (NaN)")
-            for name, part in as_ours(name_in_file, t, gpt2):
+            for name, part in parts:
                 if gpt2:
                     part = my_rows(part, parameters[name])
                 tensors[name] = place(part, parameters[name])
             # Let go before the next one is read.
-            t = part = None
+            t = part = parts = None
     if model.config.tie_embeddings and HEAD in tensors:
         head = tensors.pop(HEAD)
         if not torch.equal(local(head), local(tensors[EMBEDDING])):

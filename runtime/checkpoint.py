@@ -11,7 +11,6 @@ A checkpoint is written as step-N.tmp, which becomes step-N when all of it is on
 
 import collections
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -209,7 +208,7 @@ def why_damaged(path, run_id, step, trained, optimizer, ranks):
                         "share")
     try:
         state = read_state(path)
-        if state["run_id"] != run_id:
+        if state.get("run_id") != run_id:
             raise ValueError("it is of another run than config.json")
         if state["step"] != step:
             raise ValueError(f"it is of step {state['step']}")
@@ -256,14 +255,17 @@ def check_contents(path, state, trained, optimizer):
                 found[key, *others, str(dtype)] += count
     for key in state["numbers"]:
         found[key,] = 1
-    kinds = state_of_a_parameter(optimizer)
-    for name, p in trained.items():
-        expected[f"model.{name}", *p.shape[1:], str(p.dtype)] = len(p)
-        for kind, value in kinds.items():
-            if value.dim() > 0:
-                expected[f"{kind}.{name}", *p.shape[1:], str(p.dtype)] = len(p)
-            else:
-                expected[f"{kind}.{name}",] = 1
+    names = {p: name for name, p in trained.items()}
+    for group in optimizer.param_groups:
+        # A model may have no vectors that are trained.
+        kinds = state_of_a_parameter(optimizer, group) if group["params"] else {}
+        for p in group["params"]:
+            expected[f"model.{names[p]}", *p.shape[1:], str(p.dtype)] = len(p)
+            for kind, value in kinds.items():
+                if value.dim() > 0:
+                    expected[f"{kind}.{names[p]}", *p.shape[1:], str(p.dtype)] = len(p)
+                else:
+                    expected[f"{kind}.{names[p]}",] = 1
     if found != expected:
         different = {key for key, *_ in found - expected | expected - found}
         raise ValueError(f"missing, unexpected or of another shape: {', '.join(sorted(different)[:5])}")
@@ -272,12 +274,13 @@ def check_contents(path, state, trained, optimizer):
             raise ValueError(f"{key} is {number}")
 
 
-def state_of_a_parameter(optimizer):
-    """{kind: tensor} that an optimizer like this keeps of a parameter: it shows after a step."""
-    accepted = inspect.signature(type(optimizer)).parameters
-    p = torch.zeros(1, 1, requires_grad=True)
-    p.grad = torch.zeros(1, 1)
-    like = type(optimizer)([p], **{key: value for key, value in optimizer.defaults.items() if key in accepted})
+def state_of_a_parameter(optimizer, group):
+    """{kind: tensor} that an optimizer keeps of a parameter of this group: it shows after a step."""
+    p = torch.zeros(1, 1, device=group["params"][0].device, requires_grad=True)
+    p.grad = torch.zeros_like(p)
+    like = object.__new__(type(optimizer))
+    like.__dict__.update(optimizer.__dict__)
+    like.param_groups, like.state = [{**group, "params": [p]}], collections.defaultdict(dict)
     like.step()
     return like.state[p]
 

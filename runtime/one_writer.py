@@ -1,8 +1,8 @@
 """One writer: while a command writes into a run directory, no other does.
 
-The command holds a lock on OUT/writer.lock, which ends with its process, however that dies; the file goes with it, but
-after a kill. Some disks cannot lock: a
-run therefore has an id as well, in config.json and in every checkpoint, and stops where it finds another run's.
+The command holds a lock on OUT/writer.lock, which ends with its process, however that dies. (Only after a kill does the
+file stay.) Some disks cannot lock. A run therefore has an id as well, in config.json and in every checkpoint, and stops
+where it finds another run's.
 """
 
 import contextlib
@@ -18,13 +18,16 @@ PATIENCE = 10                        # seconds: what was killed may take a momen
 
 
 @contextlib.contextmanager
-def only_writer(out, ranks):
+def only_writer(out, ranks, patience=PATIENCE):
     """While it is entered, no other command enters it for the directory `out`, which is made. Every rank calls it; rank
-    0 holds the lock. Raises UserError, on every rank, if another command holds it."""
+    0 holds the lock. Raises UserError, on every rank, if another command holds it for longer than `patience` seconds.
+
+    What was there before it was entered may be another run now.
+    """
     with contextlib.ExitStack() as stack:
         refusal = ""
         if ranks.rank == 0:
-            refusal = stack.enter_context(locked(out, ranks))
+            refusal = stack.enter_context(locked(out, ranks, patience))
         refusal, *_ = ranks.texts(refusal)
         if refusal:
             raise UserError(refusal)
@@ -32,42 +35,43 @@ def only_writer(out, ranks):
 
 
 @contextlib.contextmanager
-def locked(out, ranks):
-    """Holds the lock while it is entered, and yields ""; or why it cannot. Nothing stays where nothing was written."""
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    file, refusal = lock(out, ranks)
+def locked(out, ranks, patience):
+    """Holds the lock while it is entered, and yields ""; or why it cannot."""
+    path, made = out / "writer.lock", [path for path in (out, *out.parents) if not path.exists()]
+    file, refusal = lock(path, ranks, patience)
     try:
         yield refusal
     finally:
-        if not refusal:
-            (out / "writer.lock").unlink(missing_ok=True)
+        if not refusal and is_at(path, file):
+            path.unlink()
         file.close()
+        # A run that was refused leaves no trace: those of its directories go that are empty.
         for directory in made:
             with contextlib.suppress(OSError):
                 directory.rmdir()
 
 
-def lock(out, ranks):
-    """(The open lock file, "") when it is ours until it is closed; or (the file, why not) after PATIENCE."""
-    path, give_up = out / "writer.lock", time.monotonic() + PATIENCE
+def lock(path, ranks, patience):
+    """(The open file, "") when it is ours until it is closed; or, when patience has ended, (the file, why not)."""
+    give_up = time.monotonic() + patience
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab+", buffering=0)
         try:
-            # Windows has no such module.
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_now(file)
         except BlockingIOError:
+            file.seek(0)
+            writer = file.read(200).decode(errors="replace").strip() or "another command"
+            held = f"{path.parent} is being written by {writer}"
             if time.monotonic() > give_up:
-                file.seek(0)
-                writer = file.read(200).decode(errors="replace").strip() or "another command"
-                return file, (f"--out {out} is being written by {writer}; expected to be its only writer: wait for it, "
-                              "stop it, or name another --out")
+                return file, f"{held}; expected to be its only writer: wait for it, stop it, or name another --out"
+            ranks.once(f"{held}; waiting for it")
             file.close()
             time.sleep(0.2)
             continue
         except (OSError, ImportError) as e:
-            ranks.once(f"warning: {out} cannot be locked ({e}); do not run two commands with this --out at a time")
+            ranks.once(f"warning: {path.parent} cannot be locked ({e}); do not run two commands with this --out at a "
+                       "time")
             return file, ""
         if is_at(path, file):
             break
@@ -80,7 +84,14 @@ def lock(out, ranks):
     return file, ""
 
 
+def lock_now(file):
+    # Windows has no such module.
+    import fcntl
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def is_at(path, file):
+    """Whether this is the file that has the name still."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:

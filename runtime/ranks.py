@@ -95,8 +95,8 @@ class Ranks:
 
 
 def end_with(launcher):
-    """Ends this process after that of torchrun, if it was killed and could not do so itself: as it does, with SIGTERM,
-    at which a training saves a checkpoint, and 30 seconds."""
+    """Ends this process when that of torchrun has been killed, as torchrun itself ends a rank: with SIGTERM, at which a
+    training saves a checkpoint, and 30 seconds later in any case."""
     while os.getppid() == launcher:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -293,6 +293,42 @@ def test_the_state_of_another_optimizer_is_not_taken(change, words, tmp_path, ca
     optimizer.step()                                                      # which a moment of another shape would end
 
 
+class OwnOptimizer(torch.optim.Optimizer):
+    """Whose arguments are not what it calls its options."""
+
+    def __init__(self, parameters, rate):
+        super().__init__(parameters, {"lr": rate, "beta": 0.5})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, group["beta"])
+                p.sub_(self.state[p]["average"], alpha=group["lr"])
+
+
+@pytest.mark.parametrize("make", [
+    lambda some, others: torch.optim.SGD([{"params": some, "momentum": 0.9}, {"params": others}], lr=0.1),
+    lambda some, others: torch.optim.AdamW([{"params": some, "amsgrad": True}, {"params": others}], lr=0.1),
+    lambda some, others: torch.optim.Muon(some, lr=0.1), lambda some, others: torch.optim.Adagrad([*some, *others], lr=0.1),
+    lambda some, others: OwnOptimizer([*some, *others], 0.1)])
+def test_other_optimizers_are_resumed_too(make, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    states = []
+    for seed in (0, 1):
+        trained, _ = state_of_a_run(seed=seed)
+        if isinstance(make([torch.zeros(2, 2)], [torch.zeros(2)]), torch.optim.Muon):
+            trained = {name: p for name, p in trained.items() if p.dim() == 2}
+        some = [p for p in trained.values() if p.dim() == 2]
+        optimizer = make(some, [p for p in trained.values() if p.dim() < 2])
+        optimizer.step()
+        states.append((trained, optimizer))
+        if seed == 0:
+            save_checkpoint(tmp_path, 3, trained, optimizer, 9, Ranks("cpu"), "")
+    assert resume(tmp_path, *states[1]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(tensors(*states[0]), tensors(*states[1]), strict=True))
+
+
 def test_options_that_are_off_may_differ():
     """A newer torch may have more of them."""
     trained, optimizer = state_of_a_run()

@@ -3,9 +3,11 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
+import threading
 import time
 
 import kill
@@ -56,7 +58,7 @@ def no_patience(monkeypatch):
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path, no_patience):
     out, ranks = tmp_path / "a" / "run", Ranks("cpu")
     with only_writer(out, ranks):
-        with pytest.raises(UserError, match=f"^--out {out} is being written by process {os.getpid()} on .*; expected to be its only"):
+        with pytest.raises(UserError, match=f"^{out} is being written by process {os.getpid()} on .*; expected to be its only"):
             with only_writer(out, ranks):
                 pass
         with only_writer(tmp_path / "b", ranks):
@@ -81,6 +83,44 @@ def test_whoever_waited_for_a_lock_that_is_gone_takes_the_next_one(tmp_path, mon
             pass
 
 
+def hold(out, seconds, meanwhile=lambda: None):
+    """Somebody else does, for so long; returns once it is held."""
+    held = threading.Event()
+
+    def holder():
+        with only_writer(out, Ranks("cpu")):
+            held.set()
+            time.sleep(seconds)
+            meanwhile()
+    threading.Thread(target=holder).start()
+    held.wait()
+
+
+def test_some_wait_without_end(tmp_path, no_patience, capsys):
+    hold(tmp_path / "run", 1)
+    with only_writer(tmp_path / "run", Ranks("cpu"), math.inf):
+        pass
+    assert "is being written by process" in capsys.readouterr().out
+
+
+def test_whoever_waited_looks_again_whose_run_it_is(tmp_path, monkeypatch, capsys):
+    """Between its first look and the lock another command has begun a run there."""
+    argv, out = [*SMALL, *DATA, "--steps", 1], tmp_path / "run"
+    assert call(monkeypatch, *argv, "--lr", 1e-2, "--out", tmp_path / "other") == 0
+    hold(out, 2, lambda: shutil.copytree(tmp_path / "other", out, dirs_exist_ok=True))
+    before = (tmp_path / "other" / "config.json").read_bytes()
+    assert call(monkeypatch, *argv, "--out", out) == 2
+    assert f"--out {out} holds another run (lr 0.01, now 0.001)" in capsys.readouterr().err and (out / "config.json").read_bytes() == before
+
+
+def test_a_lock_is_deleted_by_its_holder_alone(tmp_path):
+    with only_writer(tmp_path / "run", Ranks("cpu")):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "writer.lock").touch()
+    assert (tmp_path / "run" / "writer.lock").exists()
+
+
 def test_a_disk_that_cannot_lock_is_remarked_upon_once(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -102,7 +142,7 @@ def test_a_running_run_is_nobody_elses(tmp_path, monkeypatch, capsys, no_patienc
     for more in (["--steps", 10_000], ["--steps", 1, "--lr", 1e-2, "--no-resume"]):
         assert call(monkeypatch, *argv, *more, "--out", out) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and f"error: --out {out} is being written by process {first.pid} on " in error
+        assert error.count("\n") == 1 and f"error: {out} is being written by process {first.pid} on " in error
     assert (out / "config.json").read_bytes() == before
     code, output = end(first)
     assert code == 143, output
