@@ -561,7 +561,6 @@ def save_result(out, model, start, record, extra_files, ranks):
     directory, is_first = out / "model", ranks.rank == 0
     # Adapters go into the weights as they were, not as they were rounded for training.
     base = start if record["settings"]["lora_rank"] else None
-    check_weights_on_record(base, record, ranks)
     if is_first:
         directory.mkdir(exist_ok=True)
         for name, content in extra_files.items():
@@ -576,6 +575,8 @@ def save_result(out, model, start, record, extra_files, ranks):
         # A directory without it is unfinished.
         (directory / "config.json").unlink(missing_ok=True)
         raise
+    # Nobody reads it before it is whole.
+    ranks.barrier()
 
 
 def check_weights_on_record(start, record, ranks):

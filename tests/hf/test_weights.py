@@ -231,6 +231,14 @@ def test_weights_that_are_no_numbers_are_not_read(number, dtype, tmp_path):
         hf.load_model(tmp_path)
 
 
+def test_constants_that_nobody_reads_may_be_anything(tmp_path):
+    hf.save_model(tiny(), tmp_path)
+    tensors = load_safetensors(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.tensor([1.0, torch.inf])
+    save_safetensors(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(hf.load_model(tmp_path).head, tiny().head)
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, 7e4])
 @pytest.mark.parametrize("where", ["weight", "adapter"])
 def test_weights_that_are_none_in_their_file_are_not_written(number, where, tmp_path):
