@@ -14,6 +14,7 @@ comes in the middle of it, after its backward pass:
     full             the disk is full from then on (no file may grow beyond 64 kB, which the system calls by another name)
     sigterm-full     both
     infinite         a weight that the rank holds becomes so
+    late             rank 0 takes its time to save the model, which must be whole when `train` returns, on every rank
     nan, zero        the loss and its gradient are multiplied by it from then on, on every rank
     ... once         as above, but not if RANK STEP were said before, by a process that this one restarts
 """
@@ -74,7 +75,19 @@ def main():
     def wrong(logp, offsets, group_size):
         return torch.ones_like(logp) * ({"nan": torch.nan, "zero": 0}[fault] if len(steps) >= at - 1 else 1)
 
+    def late(*args, save=train.hf.save_model, **options):
+        if options["writes"]:
+            time.sleep(2)
+        save(*args, **options)
+
+    def whole(*args, do=train.train):
+        directory = do(*args)
+        assert (directory / "config.json").exists()
+        return directory
+
     train.forward_backward, train.score = faulty, cut_short
+    if fault == "late":
+        train.hf.save_model, train.train = late, whole
     if fault == "slow":
         os.fsync = lambda f: (time.sleep(0.08), fsync(f))
     row = bft.OBJECTIVES["bft"]

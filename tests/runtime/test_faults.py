@@ -521,6 +521,14 @@ def test_a_weight_of_one_rank_that_is_no_number_ends_all(sharded, tmp_path):
 
 
 @pytest.mark.slow
+def test_nobody_goes_on_before_the_model_is_whole(three, tmp_path):
+    """The default job's ranks read it at once."""
+    argv, _ = three
+    code, output = finish(3, "late", *argv, "--out", tmp_path / "run")
+    assert code == 0, output
+
+
+@pytest.mark.slow
 def test_a_loss_of_zero_is_remarked_upon_once(one, tmp_path):
     argv, _ = one
     code, output = finish(1, "zero 0 8", *argv, "--steps", 60, "--save-every", 0, "--eval-every", 0, "--out", tmp_path)
