@@ -558,7 +558,8 @@ def check_numbers(model, trained, optimizer, step, ranks):
 
 def save_result(out, model, start, record, extra_files, ranks):
     """The trained model as a Hugging Face directory, with the files that go with it. Raises UserError."""
-    directory, is_first = out / "model", ranks.rank == 0
+    directory = out / "model"
+    is_first = ranks.rank == 0
     # Adapters go into the weights as they were, not as they were rounded for training.
     base = start if record["settings"]["lora_rank"] else None
     if is_first:
@@ -575,12 +576,13 @@ def save_result(out, model, start, record, extra_files, ranks):
         # A directory without it is unfinished.
         (directory / "config.json").unlink(missing_ok=True)
         raise
-    # Nobody reads it before it is whole.
+    # No rank may read the model before it is whole.
     ranks.barrier()
 
 
 def check_weights_on_record(start, record, ranks):
-    """Raises UserError, on every rank, if the files in a directory that was read again are not those on record."""
+    """Raises UserError, on every rank, if the starting model's files, which were read again, are not those on record.
+    """
     if start and "init" in record["sha256"]:
         check_unchanged(record, "init", [start / "config.json", *hf.weight_files(start)], ranks)
 

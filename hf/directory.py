@@ -128,7 +128,7 @@ def is_special_tokens_map(path):
 
 
 def is_token(value):
-    """Of a name of its own, as "image_token" is: <image>, [IMG], or likewise."""
+    """Whether this looks like a token, <image> or [IMG], and not like a secret. Models name some tokens themselves."""
     text = value.get("content") if isinstance(value, dict) else value
     return isinstance(text, str) and len(text) < 50 and text[:1] + text[-1:] in ("<>", "[]")
 

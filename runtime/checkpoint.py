@@ -124,8 +124,8 @@ def not_finite(trained, optimizer, dtypes):
     is infinite or NaN, or will be in the dtype of its file ({name: dtype}, for those that have one)."""
     finite = {name: all_finite(local(p.detach()), dtypes.get(name)) for name, p in trained.items()}
     finite.update((key, all_finite(local(value))) for key, value in optimizer_state(trained, optimizer))
+    # The device is waited for once, for all verdicts together. (An optimizer may keep numbers on the CPU.)
     device = next(iter(finite.values())).device
-    # It is waited for once. (An optimizer may keep its numbers elsewhere.)
     verdicts = torch.stack([verdict.to(device) for verdict in finite.values()]).tolist()
     return [name for name, is_finite in zip(finite, verdicts) if not is_finite]
 

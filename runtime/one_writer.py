@@ -22,7 +22,7 @@ def only_writer(out, ranks, patience=PATIENCE):
     """While it is entered, no other command enters it for the directory `out`, which is made. Every rank calls it; rank
     0 holds the lock. Raises UserError, on every rank, if another command holds it for longer than `patience` seconds.
 
-    What was there before it was entered may be another run now.
+    Whoever looked into the directory before must look again: another command may have written there meanwhile.
     """
     with contextlib.ExitStack() as stack:
         refusal = ""
@@ -37,7 +37,8 @@ def only_writer(out, ranks, patience=PATIENCE):
 @contextlib.contextmanager
 def locked(out, ranks, patience):
     """Holds the lock while it is entered, and yields ""; or why it cannot."""
-    path, made = out / "writer.lock", [path for path in (out, *out.parents) if not path.exists()]
+    made = [directory for directory in (out, *out.parents) if not directory.exists()]
+    path = out / "writer.lock"
     file, refusal = lock(path, ranks, patience)
     try:
         yield refusal
@@ -45,7 +46,7 @@ def locked(out, ranks, patience):
         if not refusal and is_at(path, file):
             path.unlink()
         file.close()
-        # A run that was refused leaves no trace: those of its directories go that are empty.
+        # A run that was refused before it wrote anything leaves no empty directories behind.
         for directory in made:
             with contextlib.suppress(OSError):
                 directory.rmdir()

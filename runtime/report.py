@@ -36,7 +36,7 @@ class TensorBoard:
         # What is after the checkpoint is hidden: metrics.jsonl was cut there. Without one, it begins with step 0.
         self.directory = out / "tensorboard"
         self.writer = SummaryWriter(self.directory, purge_step=first_step + 1 if first_step else 0)
-        # Of a full disk: `add` says so.
+        # The writer has a thread of its own, which a full disk ends with a traceback. `add` reports the error.
         threading.excepthook = be_silent_of_files
 
     def add(self, step, values):
