@@ -53,6 +53,7 @@ class GPT(nn.Module):
     model(input_ids (T,), lengths, at, targets) -> log-probs (N,) float32 of the response tokens of packed samples:
     lengths is a list of the samples' lengths, at (N,) the positions whose next token is a response token, targets (N,)
     those tokens. `data.collate` makes all of them. Without at: what the head would see of each token, (T, d).
+    after: see `Packing`.
 
     recompute: keep a block's input alone and compute the block again in the backward pass.
     agree(tokens): the new tokens that all ranks go on with in `generate`, where these share the weights.
@@ -96,12 +97,12 @@ class GPT(nn.Module):
     def head(self):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight   # (V, d)
 
-    def forward(self, input_ids, lengths=None, at=None, targets=None):
+    def forward(self, input_ids, lengths=None, at=None, targets=None, after=None):
         if lengths is None:
             # Each row of (B, T) is a sample.
             x = self.trunk(input_ids.flatten(), Packing([input_ids.shape[1]] * len(input_ids), input_ids.device))
             return F.linear(x, self.head).view(*input_ids.shape, -1)      # (B, T, V)
-        x = self.trunk(input_ids, Packing(lengths, input_ids.device))     # (T, d)
+        x = self.trunk(input_ids, Packing(lengths, input_ids.device, after=after))   # (T, d)
         if at is None:
             return x
         return linear_logprobs(x.index_select(0, at), self.head, targets)  # (N,)
@@ -254,23 +255,50 @@ FLASH_KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 class Packing:
     """Where packed samples lie in their tokens (T, ...), and attention within each of them.
 
-    lengths: of the S samples; they add up to T. cache: keeps keys and values, for `generate`.
+    lengths: of the S samples; they add up to T. cache: keeps keys and values, for `generate`. after: {number of a
+    sample: that of the one from which it goes on}, as choices do from a question: it sees all of that one's tokens too,
+    and its positions begin where they end. (That one goes on from none.)
     """
 
-    def __init__(self, lengths, device, cache=None):
+    def __init__(self, lengths, device, cache=None, after=None):
         self.lengths, self.cache = lengths, cache
         self.on_gpu = torch.device(device).type == "cuda"
         self.has_flash = self.on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
-        self.offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)    # (S+1,)
-        self.offsets = self.offsets.to(device, non_blocking=True)
+        self.offsets = offsets_of(lengths, device)                        # (S+1,)
         t = torch.arange(sum(lengths), dtype=torch.int32, device=device)
         sample = torch.searchsorted(self.offsets, t, right=True) - 1      # (T,)
         self.position = t - self.offsets[sample]                          # (T,) from 0 in each
+        # What each sample sees: its own tokens, and no mask but the causal one.
+        self.seen, self.seen_lengths, self.seen_offsets = None, lengths, self.offsets
+        self.masks = [None] * len(lengths)
+        if after:
+            self.go_on(after, device)
+
+    def go_on(self, after, device):
+        """Lets samples see what they go on from: see `after`."""
+        tokens = torch.arange(sum(self.lengths)).split(self.lengths)
+        before = torch.zeros(len(tokens), dtype=torch.int32)              # (S,) tokens of another sample that each sees
+        seen = []
+        for number, own in enumerate(tokens):
+            if number in after:
+                earlier = tokens[after[number]]
+                seen.append(earlier)
+                before[number] = len(earlier)
+                mask = torch.ones(len(own), len(earlier) + len(own), dtype=torch.bool, device=device)
+                self.masks[number] = mask.tril(len(earlier))
+            seen.append(own)
+        self.seen = torch.cat(seen).to(device, non_blocking=True)         # numbers of tokens, sample by sample
+        self.seen_lengths = [len(own) + n for own, n in zip(tokens, before.tolist())]
+        self.seen_offsets = offsets_of(self.seen_lengths, device)
+        before = before.repeat_interleave(torch.tensor(self.lengths))     # (T,)
+        self.position = self.position + before.to(device, non_blocking=True)
 
     def attend(self, layer, q, k, v):
         """q (T, n, D), k and v (T, n_kv, D) -> (T, n, D), causal."""
         if self.cache is not None:
             self.cache.keep(layer, k.split(self.lengths), v.split(self.lengths))
+        if self.seen is not None:
+            k, v = k[self.seen], v[self.seen]                             # (tokens seen, n_kv, D)
         n, D = q.shape[1:]
         grouped = n != k.shape[1]
         use_flash = self.has_flash and q.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= 256
@@ -279,15 +307,21 @@ class Packing:
             k = k.repeat_interleave(n // k.shape[1], 1)
             v = v.repeat_interleave(n // v.shape[1], 1)
         if use_flash:
-            # One FlashAttention kernel for all samples.
-            longest = max(self.lengths)
+            # One FlashAttention kernel for all samples; of fewer queries than keys the last ones are at the same token.
             options = {"enable_gqa": True} if n != k.shape[1] else {}
-            return varlen_attn(q, k, v, self.offsets, self.offsets, longest, longest, window_size=(-1, 0), **options)
+            return varlen_attn(q, k, v, self.offsets, self.seen_offsets, max(self.lengths), max(self.seen_lengths),
+                               window_size=(-1, 0), **options)
         # One by one: on a CPU as fast as length buckets, faster than padding and masks (bench/RESULTS.md).
-        q, k, v = (x.transpose(0, 1)[None].split(self.lengths, 2) for x in (q, k, v))   # (1, n, L, D) each
-        samples = [F.scaled_dot_product_attention(*sample, is_causal=True, enable_gqa=grouped)
-                   for sample in zip(q, k, v)]
+        q = q.transpose(0, 1)[None].split(self.lengths, 2)                # (1, n, L, D) each
+        k, v = (x.transpose(0, 1)[None].split(self.seen_lengths, 2) for x in (k, v))
+        samples = [F.scaled_dot_product_attention(*sample, mask, is_causal=mask is None, enable_gqa=grouped)
+                   for *sample, mask in zip(q, k, v, self.masks)]
         return torch.cat(samples, 2)[0].transpose(0, 1)
+
+
+def offsets_of(lengths, device):
+    """Where each of the packed samples begins, and the last ends: (S+1,) int32."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 class MLP(nn.Module):

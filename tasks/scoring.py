@@ -13,11 +13,16 @@ from runtime.process import UserError
 from runtime.progress import with_progress
 
 
+MICRO_TOKENS = 8192                  # read at a time
+# A CPU reads fastest so few at a time: what a layer makes of them stays in its caches (bench/RESULTS.md).
+CPU_MICRO_TOKENS = 1024
+
+
 # Whoever asks a model for log-probs outside of training compiles nothing: sizes are as they come, none of them is worth
 # it, and there may be no C compiler.
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256, stopped=lambda: False, label=None):
+def score(model, samples, dtype=torch.float32, micro_tokens=MICRO_TOKENS, group_size=256, stopped=lambda: False, label=None):
     """Log-likelihood of each sample's response tokens: (S, 3) float64 numpy: sum of log p, number of tokens, C_b.
 
     Once stopped() says True, at the same micro-batch on every rank, the rest is left undone, and what is returned is of
@@ -25,7 +30,8 @@ def score(model, samples, dtype=torch.float32, micro_tokens=8192, group_size=256
     """
     device = next(model.parameters()).device
     table = torch.zeros(len(samples), 3, dtype=torch.float64, device=device)                    # (S, 3)
-    my_micro_batches = micro_batches_of_rank([len(sample.ids) for sample in samples], micro_tokens)
+    lengths = [len(sample.ids) for sample in samples]
+    my_micro_batches = micro_batches_of_rank(lengths, as_device_likes(micro_tokens, device))
     for micro_batch in with_progress(my_micro_batches, label):
         if stopped():
             break
@@ -47,40 +53,64 @@ class Request(NamedTuple):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def loglikelihood(model, requests, dtype=torch.float32, micro_tokens=8192, label=None):
+def loglikelihood(model, requests, dtype=torch.float32, micro_tokens=MICRO_TOKENS, label=None):
     """Sum of log p of the continuation of each Request: (R,) float64 numpy.
 
-    As in lm-evaluation-harness the last id is not read, an input longer than the positions loses its beginning, and
-    requests that read the same (the letters of one question) share a row. Raises UserError for a model that gives NaN.
+    As in lm-evaluation-harness the last id is not read, and an input longer than the positions loses its beginning.
+    A context is read once for all of its continuations, and what they have in common beyond it too, if only their last
+    ids differ (the letters of one question). Raises UserError for a model that gives NaN.
     """
     device = next(model.parameters()).device
-    readers = {}                     # {ids that the model reads: numbers of the requests that read them}
-    for number, request in enumerate(requests):
-        ids = request.context + request.continuation[:-1]
-        readers.setdefault(tuple(ids[-model.config.max_positions:]), []).append(number)
-    inputs = list(readers)
+    questions = questions_of(requests, model.config.max_positions)
+    contexts = list(questions)
+    lengths = [len(context) + sum(map(len, endings)) for context, endings in questions.items()]
     table = torch.zeros(len(requests), dtype=torch.float64, device=device)                      # (R,)
-    my_micro_batches = micro_batches_of_rank([len(ids) for ids in inputs], micro_tokens)
+    my_micro_batches = micro_batches_of_rank(lengths, as_device_likes(micro_tokens, device))
     for micro_batch in with_progress(my_micro_batches, label):
-        rows = [inputs[i] for i in micro_batch]
-        packed, lengths = pack(rows, device)
-        numbers, at, targets = [], [], []
-        end = 0
-        for row in rows:
-            end += len(row)
-            for number in readers[row]:
-                continuation = requests[number].continuation
-                numbers.append(number)
-                at.extend(range(end - len(continuation), end))
-                targets.extend(continuation)
-        ends = itertools.accumulate(len(requests[number].continuation) for number in numbers)
-        offsets = torch.tensor([0, *ends])                                                      # (requests + 1,)
+        samples, after, numbers, at = lay_out({contexts[i]: questions[contexts[i]] for i in micro_batch})
+        continuations = [requests[number].continuation for number in numbers]
+        offsets = torch.tensor([0, *itertools.accumulate(map(len, continuations))])             # (requests + 1,)
+        targets = list(itertools.chain.from_iterable(continuations))
         at = torch.tensor(at, dtype=torch.int64, device=device)                                 # (N,)
         targets = torch.tensor(targets, dtype=torch.int64, device=device)                       # (N,)
+        packed, lengths = pack(samples, device)
         with autocast(device, dtype):
-            logp = model(packed, lengths, at, targets)                                          # (N,)
+            logp = model(packed, lengths, at, targets, after)                                   # (N,)
         table[numbers] = bft.sample_sums(logp, offsets)
     return sum_over_ranks(table)
+
+
+def questions_of(requests, positions):
+    """What is read for some Requests: {context: {ending: numbers of the requests that read these}}, tuples of ids."""
+    questions = {}
+    for number, (context, continuation) in enumerate(requests):
+        ending = tuple(continuation[:-1])
+        ids = (*context, *ending)[-positions:]
+        context = ids[:len(ids) - len(ending)]
+        questions.setdefault(context, {}).setdefault(ending, []).append(number)
+    return questions
+
+
+def lay_out(questions):
+    """(samples, after, numbers, at) of some of `questions_of`: what the model reads, contexts and endings that go on
+    from them, as `Packing` has it; the numbers of the requests; where their tokens are predicted, one after the other.
+    """
+    samples, after, numbers, at = [], {}, [], []
+    end = 0                                                               # tokens so far
+    for context, endings in questions.items():
+        question = len(samples)
+        samples.append(context)
+        end += len(context)
+        last = end - 1
+        for ending, readers in endings.items():
+            for number in readers:
+                numbers.append(number)
+                at += [last, *range(end, end + len(ending))]
+            if ending:
+                after[len(samples)] = question
+                samples.append(ending)
+                end += len(ending)
+    return samples, after, numbers, at
 
 
 def pack(rows, device):
@@ -90,7 +120,11 @@ def pack(rows, device):
     return packed, [len(row) for row in rows]
 
 
-def micro_batches_of_rank(lengths, micro_tokens=8192, dealt=True):
+def as_device_likes(micro_tokens, device):
+    return min(micro_tokens, CPU_MICRO_TOKENS) if device.type == "cpu" else micro_tokens
+
+
+def micro_batches_of_rank(lengths, micro_tokens=MICRO_TOKENS, dealt=True):
     """This rank's micro-batches of rows with these lengths: lists of indices.
 
     Micro-batches are formed first and dealt to the ranks then, so that no number depends on how many ranks there are.

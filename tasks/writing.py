@@ -13,10 +13,11 @@ from runtime.process import UserError
 from runtime.progress import with_progress
 from runtime.sharding import is_sharded
 from tasks.items import warn_of_template
-from tasks.scoring import micro_batches_of_rank, pack, sum_over_ranks
+from tasks.scoring import MICRO_TOKENS, as_device_likes, micro_batches_of_rank, pack, sum_over_ranks
 
 
 NEW_TOKENS = 256                     # of an answer to --prompt
+ENCODED = 256                        # texts that an encoder gets at a time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,15 +143,17 @@ def answer_prompt(prompts, model, opened, evaluation):
 # Embeddings
 
 @torch.no_grad()
-def embed_self(model, tokenizer, texts, dtype=torch.float32):
+def embed_self(model, tokenizer, texts, dtype=torch.float32, label=None):
     """The mean of the last hidden states over each text's tokens, as many as there are positions, without the
-    begin-of-text before them: (S, d) float64; zeros where there is no text."""
+    begin-of-text before them: (S, d) float64; zeros where there is no text. label: see `with_progress`."""
     device = next(model.parameters()).device
     begin = hf.begin_ids(tokenizer)
     rows = [(begin + tokenizer.encode(text))[:model.config.max_positions] for text in texts]
     not_empty = [i for i, row in enumerate(rows) if len(row) > len(begin)]
     table = torch.zeros(len(texts), model.config.n_embd, dtype=torch.float64, device=device)   # (S, d)
-    for micro_batch in micro_batches_of_rank([len(rows[i]) for i in not_empty]):
+    lengths = [len(rows[i]) for i in not_empty]
+    my_micro_batches = micro_batches_of_rank(lengths, as_device_likes(MICRO_TOKENS, device))
+    for micro_batch in with_progress(my_micro_batches, label):
         numbers = [not_empty[m] for m in micro_batch]
         packed, lengths = pack([rows[i] for i in numbers], device)
         with autocast(device, dtype):
@@ -192,12 +195,13 @@ def load_encoder(name, device):
                         "'self'") from None
     if Path(name).is_dir() and not Path(name, "modules.json").is_file():
         print(f"warning: {name} does not say how to pool: the mean of its last hidden states is used")
-    return functools.partial(encode, model, size)
+    return functools.partial(encode, model, size, f"{name}: embeddings")
 
 
-def encode(model, size, texts):
+def encode(model, size, label, texts):
     vectors = np.zeros((len(texts), size))
     not_empty = [i for i, text in enumerate(texts) if text.strip()]
-    if not_empty:
-        vectors[not_empty] = model.encode([texts[i] for i in not_empty], show_progress_bar=False)
+    parts = [not_empty[first:first + ENCODED] for first in range(0, len(not_empty), ENCODED)]
+    for part in with_progress(parts, label):
+        vectors[part] = model.encode([texts[i] for i in part], show_progress_bar=False)
     return vectors

@@ -62,6 +62,22 @@ def test_packed_log_probs_equal_those_of_each_sample_alone(family):
             torch.testing.assert_close(logp, alone[at, ids[at + 1]], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", [{}, QWEN3, GPT2], ids=["llama", "qwen3", "gpt2"])
+def test_samples_that_go_on_from_another_equal_the_two_in_one(family):
+    """Questions and their choices, in any order."""
+    model = tiny(**family)
+    samples = [torch.randint(97, (n,)) for n in (3, 7, 1, 4, 9, 2, 5)]
+    after = {0: 1, 2: 1, 3: 4, 5: 4}
+    packed, lengths = torch.cat(samples), [len(sample) for sample in samples]
+    targets = torch.randint(97, (len(packed),))
+    with torch.no_grad():
+        logp = model(packed, lengths, torch.arange(len(packed)), targets, after).split(lengths)
+        for number, (own, target) in enumerate(zip(samples, targets.split(lengths))):
+            before = samples[after[number]] if number in after else own[:0]
+            alone = model(torch.cat((before, own))[None])[0, len(before):].log_softmax(-1)   # (L, V)
+            torch.testing.assert_close(logp[number], alone.gather(1, target[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_sample_does_not_see_its_neighbours():
     model, samples = tiny(), random_samples(3, seed=1)
     others = random_samples(3, seed=2)
@@ -310,28 +326,31 @@ def test_recomputed_blocks_give_the_same_gradient_and_keep_less():
     assert all(torch.equal(x, y) for x, y in zip(*gradients)) and kept[1] < kept[0] / 4
 
 
+@pytest.mark.parametrize("after", [None, {0: 1, 2: 1}])
 @pytest.mark.parametrize("knows_groups", [False, True])                   # torch 2.11's does not, 2.13's does
-def test_on_a_gpu_all_samples_go_to_one_varlen_kernel(monkeypatch, knows_groups):
+def test_on_a_gpu_all_samples_go_to_one_varlen_kernel(monkeypatch, knows_groups, after):
     """What the kernel is given, as far as a CPU can tell: a stand-in that does what torch's documentation says of it."""
     def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa=False):
         calls.append(window_size)
         assert q.dtype == torch.bfloat16 and k.shape == v.shape
         assert enable_gqa == knows_groups and k.shape[1] == (2 if knows_groups else 4)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        assert cu_seq_q.dtype == torch.int32 and cu_seq_q[0] == 0 and cu_seq_q[-1] == len(q) and cu_seq_q is cu_seq_k
-        assert max_q == max_k == cu_seq_q.diff().max()
-        out = torch.empty_like(q)
-        for i, j in zip(cu_seq_q.tolist(), cu_seq_q[1:].tolist()):
-            score = torch.einsum("qnd,knd->nqk", q[i:j].float(), k[i:j].float()) / math.sqrt(q.shape[2])
-            score = score.masked_fill(torch.ones(j - i, j - i).triu(1) > 0, -math.inf)
-            out[i:j] = torch.einsum("nqk,knd->qnd", score.softmax(-1), v[i:j].float())
-        return out
+        assert (cu_seq_q is cu_seq_k) == (after is None)
+        for offsets, longest, rows in ((cu_seq_q, max_q, q), (cu_seq_k, max_k, k)):
+            assert offsets.dtype == torch.int32 and offsets[0] == 0 and offsets[-1] == len(rows) and longest == offsets.diff().max()
+        parts = []
+        for queries, keys, values in zip(*(x.float().split(offsets.diff().tolist()) for x, offsets in ((q, cu_seq_q), (k, cu_seq_k), (v, cu_seq_k)))):
+            score = torch.einsum("qnd,knd->nqk", queries, keys) / math.sqrt(q.shape[2])
+            # FlashAttention aligns the last query with the last key.
+            hidden = torch.ones(len(queries), len(keys)).triu(1 + len(keys) - len(queries)) > 0
+            parts.append(torch.einsum("nqk,knd->qnd", score.masked_fill(hidden, -math.inf).softmax(-1), values))
+        return torch.cat(parts).to(q.dtype)
 
     calls, lengths = [], [5, 1, 9]
     monkeypatch.setattr(model_module, "varlen_attn", varlen_attn)
     monkeypatch.setattr(model_module, "FLASH_KNOWS_GROUPS", knows_groups)
     q, k, v = (torch.randn(15, n, 8, dtype=torch.bfloat16) for n in (4, 2, 2))
-    packing = Packing(lengths, "cpu")
+    packing = Packing(lengths, "cpu", after=after)
     one_by_one = packing.attend(None, q, k, v)
     packing.on_gpu = packing.has_flash = True
     torch.testing.assert_close(packing.attend(None, q, k, v), one_by_one, rtol=0.02, atol=0.02)

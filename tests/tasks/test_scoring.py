@@ -60,19 +60,20 @@ def test_a_signal_to_one_rank_ends_a_validation_on_all(tmp_path):
     assert "Traceback" not in done.stderr and metrics(tmp_path / "out") == []
 
 
-def test_requests_that_read_the_same_share_a_row(tokenizer):
-    """Whatever shares one, and whatever is cut at the beginning."""
-    model, rows = small(tokenizer, 0, positions=12), []
-    hook = model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[1])))
+def test_a_context_is_read_once_for_all_that_follows_it(tokenizer):
+    """Whatever is in a micro-batch, and whatever is cut at the beginning."""
+    model, read = small(tokenizer, 0, positions=12), []
+    hook = model.register_forward_pre_hook(lambda _, inputs: read.append((inputs[1], inputs[4])))
     context = list(range(5, 14))
     requests = [Request(context, [20]), Request(context, [21]), Request(context, [22, 23, 24, 25, 26]), Request(context[:4], [5]),
-                Request(context, [20])]
+                Request(context, [30, 31, 32]), Request(context, [20]), Request(context, [30, 31, 33]), Request(context[:4], [7, 8])]
     found = loglikelihood(model, requests)
     hook.remove()
-    assert rows == [3]
+    # The third loses the beginning of its context, so that it has one of its own.
+    assert read == [([8, 4, 9, 2, 4, 1], {1: 0, 3: 2, 5: 4})]
     for (before, ids), value in zip(requests, found):
-        read = (before + ids[:-1])[-12:]
-        assert value == pytest.approx(log_likelihood(model, read + ids[-1:], len(read) - len(ids) + 1), abs=1e-4)
+        whole = (before + ids[:-1])[-12:]
+        assert value == pytest.approx(log_likelihood(model, whole + ids[-1:], len(whole) - len(ids) + 1), abs=1e-4)
     np.testing.assert_allclose(loglikelihood(model, requests, micro_tokens=1), found, rtol=1e-5)
 
 
