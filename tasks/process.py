@@ -85,7 +85,7 @@ def ask(questions, model, opened, evaluation):
     vectors = {}
     if "self" in questions.encoders:
         for key, names in (("named", named), ("candidates", questions.candidates)):
-            vectors[key] = writing.embed_self(model, opened.tokenizer, names, evaluation.dtype)
+            vectors[key] = writing.embed_self(model, opened.tokenizer, names, evaluation.dtype, label)
     return Answers(items, vectors)
 
 

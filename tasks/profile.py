@@ -111,8 +111,8 @@ def ask(questions, model, opened, evaluation):
     vectors = {}
     if "self" in questions.encoders:
         genes = [item["gene"] for item in items]
-        vectors[OWN_PROFILES] = writing.embed_self(model, opened.tokenizer, texts, evaluation.dtype)
-        vectors[OWN_NAMES] = writing.embed_self(model, opened.tokenizer, genes, evaluation.dtype)
+        vectors[OWN_PROFILES] = writing.embed_self(model, opened.tokenizer, texts, evaluation.dtype, label)
+        vectors[OWN_NAMES] = writing.embed_self(model, opened.tokenizer, genes, evaluation.dtype, label)
     return Answers(items, vectors)
 
 
