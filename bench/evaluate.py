@@ -41,12 +41,14 @@ def spread(quantiles, count, rng):
 
 
 def pubmedqa(vocab, count, rng):
-    return [scoring.Request(context, [token]) for context in contexts(PUBMEDQA, vocab, count, rng) for token in (1, 2, 3)]
+    questions = contexts(PUBMEDQA, vocab, count, rng)
+    return [scoring.Request(question, [token]) for question in questions for token in (1, 2, 3)]
 
 
 def medmcqa(vocab, count, rng):
     choices = iter(contexts(CHOICES, vocab, 4 * count, rng))
-    return [scoring.Request(context, next(choices)) for context in contexts(MEDMCQA, vocab, count, rng) for _ in range(4)]
+    return [scoring.Request(question, next(choices)) for question in contexts(MEDMCQA, vocab, count, rng)
+            for _ in range(4)]
 
 
 def contexts(quantiles, vocab, count, rng):
@@ -131,7 +133,8 @@ def main():
                              "lm-eval": functools.partial(lm_evals, requests)}, args.repeats, device)
         print_rows(f"{name}, {len(requests)} choices", result)
         given = sum(len(request.context) + len(request.continuation) - 1 for request in requests)
-        print(f"tokens read: {sum(tokens for tokens, _ in sizes)}, of {given} in all questions with each of their choices")
+        read = sum(tokens for tokens, _ in sizes)
+        print(f"tokens read: {read}, of {given} in all questions with each of their choices")
 
 
 if __name__ == "__main__":

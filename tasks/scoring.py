@@ -22,7 +22,8 @@ CPU_MICRO_TOKENS = 1024
 # it, and there may be no C compiler.
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def score(model, samples, dtype=torch.float32, micro_tokens=MICRO_TOKENS, group_size=256, stopped=lambda: False, label=None):
+def score(model, samples, dtype=torch.float32, micro_tokens=MICRO_TOKENS, group_size=256, stopped=lambda: False,
+          label=None):
     """Log-likelihood of each sample's response tokens: (S, 3) float64 numpy: sum of log p, number of tokens, C_b.
 
     Once stopped() says True, at the same micro-batch on every rank, the rest is left undone, and what is returned is of
