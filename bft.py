@@ -68,45 +68,54 @@ def local_confidence(logp, offsets, group_size=256):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The weights. A variant is one of these functions, (logp, offsets, group_size) -> weights, and a row of the table.
-# They are called with float64 logp that carries no gradient.
+# The weights. A variant is one of these functions, Tokens -> weights, and a row of the table.
 
-def every_token_1(logp, offsets, group_size):
+class Tokens(NamedTuple):
+    """What a weighting may look at: the N response tokens of S samples. No gradient flows through it."""
+    logp: torch.Tensor                                                # (N,) log p_t, float64
+    offsets: torch.Tensor                                             # (S+1,)
+    group_size: int
+    extra: dict                                                       # {name: (N,) float64} of what the row needs
+
+
+def every_token_1(tokens):
     """w_t = 1."""
-    return torch.ones_like(logp)                                      # (N,)
+    return torch.ones_like(tokens.logp)                               # (N,)
 
 
-def token_probability(logp, offsets, group_size):
+def token_probability(tokens):
     """w_t = p_t (DFT, arXiv 2508.05629; BFT v1/v2)."""
-    return logp.exp()                                                 # (N,)
+    return tokens.logp.exp()                                          # (N,)
 
 
-def relative_probability(logp, offsets, group_size, eps=1e-8):
+def relative_probability(tokens, eps=1e-8):
     """w_t = clip(p_t / (c_t + eps), 0, 1) (BFT v3)."""
-    return (logp.exp() / (local_confidence(logp, offsets, group_size) + eps)).clamp(0, 1)  # (N,)
+    c = local_confidence(tokens.logp, tokens.offsets, tokens.group_size)  # (N,)
+    return (tokens.logp.exp() / (c + eps)).clamp(0, 1)                # (N,)
 
 
-def every_sample_1(logp, offsets, group_size):
+def every_sample_1(tokens):
     """s_b = 1."""
-    return logp.new_ones(len(offsets) - 1)                            # (S,)
+    return tokens.logp.new_ones(len(tokens.offsets) - 1)              # (S,)
 
 
-def group_difficulty(logp, offsets, group_size):
+def group_difficulty(tokens):
     """s_b = 1 - C_b (BFT v1/v2)."""
-    return 1 - group_confidence(logp, offsets, group_size)            # (S,)
+    return 1 - group_confidence(tokens.logp, tokens.offsets, tokens.group_size)  # (S,)
 
 
-def local_difficulty(logp, offsets, group_size):
+def local_difficulty(tokens):
     """s_b = 1 - min_t c_t (BFT v3)."""
-    _, sample = _samples(logp, offsets)
-    c = local_confidence(logp, offsets, group_size)                   # (N,)
-    return 1 - logp.new_ones(len(offsets) - 1).scatter_reduce(0, sample, c, "amin")  # (S,); c <= 1, so 1 is neutral
+    _, sample = _samples(tokens.logp, tokens.offsets)
+    c = local_confidence(tokens.logp, tokens.offsets, tokens.group_size)  # (N,)
+    return 1 - every_sample_1(tokens).scatter_reduce(0, sample, c, "amin")  # (S,); c <= 1, so 1 is neutral
 
 
 class Objective(NamedTuple):
-    token_weight: Callable                                            # (logp, offsets, group_size) -> (N,)  w_t
-    sample_weight: Callable                                           # (logp, offsets, group_size) -> (S,)  s_b
+    token_weight: Callable                                            # Tokens -> (N,)  w_t
+    sample_weight: Callable                                           # Tokens -> (S,)  s_b
     average: str                                                      # "tokens" or "samples"
+    needs: tuple = ()                                                 # names of what Tokens.extra has for it
 
 
 OBJECTIVES = {
@@ -124,6 +133,35 @@ OBJECTIVES = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a row may need beside p_t. These are functions of the model's whole distribution at a token: (n, V) log-probs,
+# float32 or more -> (n,). Where logits are, they are computed with them; a row that needs none costs nothing. There is
+# one more, `ref_logp`: log p_t under the weights that the training started from.
+
+def entropy(log_p):
+    """H = -sum_v p_v log p_v, in nats."""
+    return torch.special.entr(log_p.exp()).sum(-1)
+
+
+def collision(log_p):
+    """sum_v p_v^2, the probability that two draws are the same token."""
+    return log_p.exp().square().sum(-1)
+
+
+def top20_entropy(log_p):
+    """The entropy of the 20 likeliest tokens, their probabilities divided by their sum."""
+    top = log_p.topk(min(20, log_p.shape[-1])).values                 # (n, 20)
+    return entropy(top.log_softmax(-1))
+
+
+DISTRIBUTION = {"entropy": entropy, "collision": collision, "top20_entropy": top20_entropy}
+
+
+def distribution_needs(objective):
+    """{name: function} of DISTRIBUTION that an objective needs. Raises ValueError for an unknown objective."""
+    return {name: DISTRIBUTION[name] for name in _row(objective).needs if name in DISTRIBUTION}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loss.
 
 class Weights(NamedTuple):
@@ -135,7 +173,7 @@ class Weights(NamedTuple):
     offsets: torch.Tensor                                             # (S+1,)
 
 
-def weigh(logp, offsets, objective="bft", group_size=256):
+def weigh(logp, offsets, objective="bft", group_size=256, extra=None):
     """The weights that an objective gives: Weights. Who looks at them beside the loss has them computed once.
 
     The stop-gradient of every equation is the detach() here (the confidences have one of their own for those who call
@@ -143,26 +181,26 @@ def weigh(logp, offsets, objective="bft", group_size=256):
     """
     row = _row(objective)
     _check(logp, offsets, group_size)
+    needed = _needed(row, objective, logp, extra or {})
     logp, offsets = logp.detach().double(), offsets.to(logp.device, non_blocking=True)
     _, number = _samples(logp, offsets)
-    token_weight = row.token_weight(logp, offsets, group_size)
-    sample_weight = row.sample_weight(logp, offsets, group_size)
-    return Weights(token_weight.double(), sample_weight.double(), number, offsets)
+    tokens = Tokens(logp, offsets, group_size, needed)
+    return Weights(row.token_weight(tokens).double(), row.sample_weight(tokens).double(), number, offsets)
 
 
-def token_weights(logp, offsets, objective="bft", group_size=256):
+def token_weights(logp, offsets, objective="bft", group_size=256, extra=None):
     """The weight s_b * w_t of each response token, before averaging: (N,), detached, float32 (float64 if logp is).
 
     logp: (N,) log-probs of the response tokens, float32. offsets: (S+1,) int64; their values are checked where they lie
     on the CPU and nothing is being compiled.
-    objective: a row of OBJECTIVES. group_size: g, in tokens.
-    Raises ValueError for an unknown objective, group_size < 1, and offsets that do not start at 0, fall, or do not end
-    at N.
+    objective: a row of OBJECTIVES. group_size: g, in tokens. extra: {name: (N,)} of what the row needs, if anything.
+    Raises ValueError for an unknown objective, group_size < 1, offsets that do not start at 0, fall, or do not end at
+    N, and an extra that is missing or not (N,).
     """
-    return _product(weigh(logp, offsets, objective, group_size)).to(_precision(logp))
+    return _product(weigh(logp, offsets, objective, group_size, extra)).to(_precision(logp))
 
 
-def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=None, weights=None):
+def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=None, extra=None, weights=None):
     """The loss of one call's share of the global batch: a scalar in the dtype of `token_weights`.
 
     denominator: N (average "tokens") or B (average "samples") of the *global* batch, a number or a 0-d tensor; None
@@ -172,7 +210,7 @@ def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=N
     as `token_weights`; also ValueError for a number as denominator that is not positive.
     """
     if weights is None:
-        weights = weigh(logp, offsets, objective, group_size)
+        weights = weigh(logp, offsets, objective, group_size, extra)
     average = _row(objective).average
     if denominator is not None and not isinstance(denominator, torch.Tensor) and not denominator > 0:
         what = "samples" if average == "samples" else "response tokens"
@@ -201,11 +239,12 @@ def global_denominator(objective, response_lengths):
     return sum(n > 0 for n in response_lengths) if by_samples else sum(response_lengths)
 
 
-def loss_from_logits(logits, labels, objective="bft", group_size=256, denominator=None):
+def loss_from_logits(logits, labels, objective="bft", group_size=256, denominator=None, extra=None):
     """`objective_loss` in Hugging Face's convention, for other people's training loops.
 
     logits: (B, T, V), any float dtype. labels: (B, T) int64, aligned with the inputs (shifted here), -100 is ignored.
-    One row is one sample: do not pack. Raises ValueError for shapes that do not fit, and as `objective_loss`.
+    One row is one sample: do not pack. extra: {name: (B, T)}, aligned with labels, of what the objective needs and
+    logits do not tell: `ref_logp`. Raises ValueError for shapes that do not fit, and as `objective_loss`.
     """
     if logits.dim() != 3 or logits.shape[:2] != labels.shape:
         raise ValueError(f"logits must be (B, T, V) and labels (B, T); they are {tuple(logits.shape)} "
@@ -215,7 +254,11 @@ def loss_from_logits(logits, labels, objective="bft", group_size=256, denominato
     logits = logits[:, :-1][response].to(_precision(logits))          # (N, V) row by row: the ragged order
     logp = -F.cross_entropy(logits, labels[response], reduction="none")  # (N,)
     offsets = F.pad(response.sum(1).cumsum(0), (1, 0))                # (B+1,)
-    return objective_loss(logp, offsets, objective, group_size, denominator)
+    needed = {name: values[:, 1:][response] for name, values in (extra or {}).items()}  # (N,) each
+    for name, function in distribution_needs(objective).items():
+        with torch.no_grad():
+            needed[name] = function(logits.log_softmax(-1))
+    return objective_loss(logp, offsets, objective, group_size, denominator, needed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,6 +271,17 @@ def _row(objective):
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
     return OBJECTIVES[objective]
+
+
+def _needed(row, objective, logp, extra):
+    """Of the extras those that a row needs, (N,) float64 each."""
+    for name in row.needs:
+        if name not in extra:
+            raise ValueError(f"objective {objective!r} needs extra[{name!r}], {len(logp)} numbers; there are "
+                             f"{', '.join(extra) or 'none'}")
+        if extra[name].shape != logp.shape:
+            raise ValueError(f"extra[{name!r}] must be (N,) = {tuple(logp.shape)}; it is {tuple(extra[name].shape)}")
+    return {name: extra[name].detach().to(logp.device).double() for name in row.needs}
 
 
 def _samples(logp, offsets):
@@ -271,28 +325,40 @@ def sample_sums(values, offsets):
     return values.new_zeros(len(offsets) - 1, dtype=torch.float64).index_add(0, sample, values.double())
 
 
-def worked_example():
-    """Six tokens, every row of the table, as text: each number can be had with a pocket calculator."""
+def worked_example(names=None):
+    """Six tokens and the rows of the table with these names (None: all), as text: each number can be had with a pocket
+    calculator."""
     p, offsets, g = torch.tensor([0.9, 0.8, 0.1, 0.5, 0.6, 0.9], dtype=torch.float64), torch.tensor([0, 4, 6]), 3
     logp, n = p.log().requires_grad_(), offsets.diff()                # n_b = 4 and 2
+    rows = {name: OBJECTIVES[name] for name in names or OBJECTIVES}
+    needs = dict.fromkeys(need for row in rows.values() for need in row.needs)
+    # In this vocabulary there are three tokens, and the two others are equally likely.
+    log_p = torch.stack((p, (1 - p) / 2, (1 - p) / 2), 1).log()       # (6, 3)
+    extra = {name: DISTRIBUTION[name](log_p) for name in needs if name in DISTRIBUTION}
+    extra["ref_logp"] = torch.tensor([0.9, 0.6, 0.3, 0.5, 0.3, 0.8], dtype=torch.float64).log()
+    tokens = Tokens(logp.detach(), offsets, g, extra)
     lines = [f"Two samples, of the tokens 1 to 4 and 5 to 6; groups of g = {g}, so that the second is one group.", "",
              f"{'token':24s}" + "".join(f"{t:9d}" for t in range(1, 7))]
 
-    def row(name, values, rest=""):
-        lines.append(f"{name:24s}" + "".join(f"{v:9.4f}" for v in values.tolist()) + rest)
+    def show(name, values):
+        lines.append(f"{name:24s}" + "".join(f"{v:9.4f}" for v in values.tolist()))
 
-    row("p_t", p)
-    row("l_t = -log p_t", -logp)
-    row("C_b", group_confidence(logp.detach(), offsets, g).repeat_interleave(n))
-    row("c_t", local_confidence(logp.detach(), offsets, g))
-    for name, objective in OBJECTIVES.items():
-        loss = objective_loss(logp, offsets, name, g)
+    show("p_t", p)
+    show("l_t = -log p_t", -logp)
+    show("C_b", group_confidence(tokens.logp, offsets, g).repeat_interleave(n))
+    show("c_t", local_confidence(tokens.logp, offsets, g))
+    for need in needs:
+        show(need, extra[need])
+    for name, row in rows.items():
+        loss = objective_loss(logp, offsets, name, g, extra=extra)
         gradient, = torch.autograd.grad(loss, logp)                   # d loss / d log p_t
-        divisor = "6 tokens" if objective.average == "tokens" else "n_b / 2 samples"
+        divisor = "6 tokens" if row.average == "tokens" else "n_b / 2 samples"
         lines += ["", f"{name}: loss {loss:.4f} = sum of s_b w_t l_t / {divisor}"]
-        row("  w_t", objective.token_weight(logp.detach(), offsets, g))
-        row("  s_b", objective.sample_weight(logp.detach(), offsets, g).repeat_interleave(n))
-        row("  d loss / d logit", gradient * (1 - p))                 # d log p_t / d logit of token t = 1 - p_t
+        show("  w_t", row.token_weight(tokens))
+        show("  s_b", row.sample_weight(tokens).repeat_interleave(n))
+        show("  d loss / d logit", gradient * (1 - p))                # d log p_t / d logit of token t = 1 - p_t
+    if any(need in DISTRIBUTION for need in needs):
+        lines += ["", "The vocabulary has three tokens here: the two others share 1 - p_t evenly."]
     return "\n".join([*lines, "", "The logit is that of the token itself: -s_b w_t (1 - p_t), divided as the loss is."])
 
 

@@ -20,6 +20,7 @@ samples of a global batch are dealt to ranks, and packed into a `Batch` for each
 """
 
 import codecs
+import copy
 import functools
 import gzip
 import heapq
@@ -51,6 +52,7 @@ class Sample(NamedTuple):
     group: str | None
     line: int                        # in its file; of an array or parquet, the row, from 1
     where: str = ""                  # "FILE:LINE" or "FILE: row NUMBER", for errors
+    ref_logp: np.ndarray | None = None   # (n_b,) float32, see `Samples.with_reference`
 
 
 class Samples:
@@ -71,6 +73,7 @@ class Samples:
         self.labels = array("i")         # (S,) int32: places in the table
         self.table = []                  # each [what `where` has before the line, group] that there is
         self.numbers = {}                # {the same as a tuple: its place in the table}
+        self.ref_logp, self.ref_offsets = None, None
 
     def append(self, ids, response, group, line, where=""):
         """The fields of a Sample; ids and response are lists."""
@@ -95,8 +98,18 @@ class Samples:
         tokens = slice(self.offsets[i], self.offsets[i + 1])
         line = int(self.lines[i])
         place, group = self.table[self.labels[i]]
+        reference = None
+        if self.ref_logp is not None:
+            reference = self.ref_logp[self.ref_offsets[i]:self.ref_offsets[i + 1]]
         return Sample(np.array(self.ids[tokens], dtype=np.int64), np.array(self.response[tokens], dtype=bool), group,
-                      line, f"{place}{line}")
+                      line, f"{place}{line}", reference)
+
+    def with_reference(self, logp):
+        """The same samples, and of each the log-probs of its response tokens under the weights that a training starts
+        from: logp (N,) float32, sample after sample."""
+        samples = copy.copy(self)
+        samples.ref_logp, samples.ref_offsets = logp, np.cumsum([0, *self.response_lengths])
+        return samples
 
     @property
     def lengths(self):
@@ -750,10 +763,11 @@ class Batch(NamedTuple):
     at: torch.Tensor                 # (N,) positions whose next token is a response token
     targets: torch.Tensor            # (N,) those tokens
     offsets: torch.Tensor            # (S+1,) where each sample begins and ends in the N; stays on the CPU
+    ref_logp: torch.Tensor           # (N,) float32 where the samples have it, else (0,)
 
     def to(self, device):
         """With its tensors on the device, but for `offsets`; to a GPU from pinned memory, without waiting."""
-        tensors = {name: getattr(self, name) for name in ("input_ids", "at", "targets", "offsets")}
+        tensors = {name: getattr(self, name) for name in ("input_ids", "at", "targets", "offsets", "ref_logp")}
         if device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         # These stay, pinned, where their values can be looked at; whoever computes with them moves them.
@@ -779,8 +793,10 @@ def collate(samples, size=1):
     lengths += [longest] * (filling // longest)
     if filling % longest:
         lengths.append(filling % longest)
+    reference = [sample.ref_logp for sample in samples if sample.ref_logp is not None]
+    reference = np.concatenate([np.zeros(0, dtype=np.float32), *reference])
     return Batch(torch.from_numpy(ids), lengths, torch.from_numpy(at), torch.from_numpy(ids[at + 1]),
-                 torch.from_numpy(offsets))
+                 torch.from_numpy(offsets), torch.from_numpy(reference))
 
 
 def bucket(tokens, micro_tokens):

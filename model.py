@@ -53,7 +53,7 @@ class GPT(nn.Module):
     model(input_ids (T,), lengths, at, targets) -> log-probs (N,) float32 of the response tokens of packed samples:
     lengths is a list of the samples' lengths, at (N,) the positions whose next token is a response token, targets (N,)
     those tokens. `data.collate` makes all of them. Without at: what the head would see of each token, (T, d).
-    after: see `Packing`.
+    after: see `Packing`. looks: see `linear_logprobs`; with any, (log-probs, {name: (N,)}) is returned.
 
     recompute: keep a block's input alone and compute the block again in the backward pass.
     agree(tokens): the new tokens that all ranks go on with in `generate`, where these share the weights.
@@ -97,7 +97,7 @@ class GPT(nn.Module):
     def head(self):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight   # (V, d)
 
-    def forward(self, input_ids, lengths=None, at=None, targets=None, after=None):
+    def forward(self, input_ids, lengths=None, at=None, targets=None, after=None, looks=None):
         if lengths is None:
             # Each row of (B, T) is a sample.
             x = self.trunk(input_ids.flatten(), Packing([input_ids.shape[1]] * len(input_ids), input_ids.device))
@@ -105,7 +105,7 @@ class GPT(nn.Module):
         x = self.trunk(input_ids, Packing(lengths, input_ids.device, after=after))   # (T, d)
         if at is None:
             return x
-        return linear_logprobs(x.index_select(0, at), self.head, targets)  # (N,)
+        return linear_logprobs(x.index_select(0, at), self.head, targets, looks)   # (N,)
 
     def trunk(self, tokens, packing):
         """Tokens (T,) -> what the head sees, (T, d)."""
@@ -387,11 +387,12 @@ CHUNK_BYTES = 5 * 2 ** 25
 CHUNK_ROWS = 4096
 
 
-def linear_logprobs(hidden, weight, targets):
+def linear_logprobs(hidden, weight, targets, looks=None):
     """log-prob of each target under the head: (N,) float32, or float64 if hidden is.
 
     hidden: (N, d). weight: (V, d). targets: (N,) int64. Only positions that predict a response token come here, so
-    prompts and padding cost no logits.
+    prompts and padding cost no logits. looks: {name: function of (n, V) log-probs -> (n,)}, what else is wanted of the
+    distributions, chunk by chunk and without gradient; with any, (log-probs, {name: (N,)}) is returned.
 
     With z = W h the log-prob of target y is z_y - lse(z), and its gradient with respect to z is onehot(y) - softmax(z).
     So all that backward needs of N x V logits are the N log-sum-exps: it computes the logits of a chunk of rows again,
@@ -400,23 +401,29 @@ def linear_logprobs(hidden, weight, targets):
     The price is a fourth matrix product beside three, for all other chunks. Products are in autocast's dtype; the
     target's logit, the log-sum-exp, the log-probs and the sum of the weight's gradient over chunks are float32.
     """
-    return LinearLogprobs.apply(hidden, weight, targets)
+    logp, *values = LinearLogprobs.apply(hidden, weight, targets, looks or {})
+    return (logp, dict(zip(looks, values))) if looks else logp
 
 
 class LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, looks):
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         h, w = hidden.to(ctx.dtype), head_of_products(weight, ctx.dtype)
         logsumexp = compiled(row_logsumexp) if on_gpu(hidden) else row_logsumexp
+        look_at = compiled(row_look) if on_gpu(hidden) else row_look
         logp = hidden.new_empty(len(h), dtype=torch.promote_types(hidden.dtype, torch.float32))   # (N,)
         lse = torch.empty_like(logp)                                      # (N,)
+        values = [torch.empty_like(logp) for _ in looks]                  # (N,) each
         chunks, buffer = chunks_of_logits(h, w)
         for rows in chunks:
             z = torch.mm(h[rows], w.t(), out=buffer[:rows.stop - rows.start])   # (chunk, V), and the padding
-            for z_block, lse_block in row_blocks(z[:, :len(weight)], lse[rows]):
+            of_rows = [x[rows] for x in (lse, *values)]
+            for z_block, lse_block, *value_blocks in row_blocks(z[:, :len(weight)], *of_rows):
                 lse_block.copy_(logsumexp(z_block))
+                for value_block, look in zip(value_blocks, looks.values()):
+                    value_block.copy_(look_at(z_block, lse_block, look))
             z_y = z.gather(1, targets[rows, None])[:, 0]                  # (chunk,)
             if z.dtype != logp.dtype:
                 # A logit of 30, rounded to bfloat16, is off by up to 1/16, and p_y by as much of itself; p_y is what
@@ -429,11 +436,12 @@ class LinearLogprobs(torch.autograd.Function):
             logp[rows] = z_y - lse[rows]
         ctx.save_for_backward(hidden, weight, targets, logp, lse)
         ctx.kept = h, w, chunks, buffer                                   # with the last chunk's logits in it
-        return logp
+        ctx.mark_non_differentiable(*values)
+        return logp, *values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):                                              # (N,) d loss / d logp
+    def backward(ctx, grad, *_):                                          # (N,) d loss / d logp
         hidden, weight, targets, logp, lse = ctx.saved_tensors
         softmax_ = compiled(row_softmax_) if on_gpu(hidden) else row_softmax_
         last_logits_are_there = ctx.kept is not None
@@ -458,7 +466,7 @@ class LinearLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 for total, z_block in row_blocks(grad_weight, z.t()):
                     total.sub_(torch.mm(z_block, scaled[rows])[:len(total)])
-        return grad_h * -grad[:, None], grad_weight, None
+        return grad_h * -grad[:, None], grad_weight, None, None
 
 
 def on_gpu(tensor):                                                       # a function, so that tests can answer for it
@@ -488,18 +496,22 @@ def chunks_of_logits(h, w):
     return chunks, h.new_empty(size, row)[:, :len(w)]
 
 
-def row_blocks(a, b):
-    """Pairs of blocks of rows of two tensors. On a CPU what is made of a block is small enough for its cache, where
+def row_blocks(a, *others):
+    """Blocks of the same rows of some tensors. On a CPU what is made of a block is small enough for its cache, where
     fresh memory would cost more than the arithmetic. A GPU gets all rows at once: few kernels, and none that begins in
     between the 16 bytes that it reads at a time."""
     if on_gpu(a):
-        return [(a, b)]
+        return [(a, *others)]
     rows = max(1, 2 ** 20 // a.shape[1])
-    return zip(a.split(rows), b.split(rows))
+    return zip(*(x.split(rows) for x in (a, *others)))
 
 
 def row_logsumexp(z):                                                     # (n, V) -> (n,)
     return z.to(torch.promote_types(z.dtype, torch.float32)).logsumexp(-1)
+
+
+def row_look(z, lse, look):                                               # (n, V), (n,) -> (n,)
+    return look(z.to(lse.dtype) - lse[:, None])
 
 
 def row_softmax_(z, lse):                                                 # (n, V), (n,); in place

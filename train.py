@@ -10,6 +10,7 @@ Reads top to bottom in the order in which it runs: settings, the command, the lo
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import math
 import random
@@ -32,7 +33,7 @@ from experiment import job as default_job
 from model import GPT
 from runtime.checkpoint import not_finite, resume_from_checkpoint, save_checkpoint
 from runtime.device import autocast, compute_dtype, memory_bytes, peak_memory_gb
-from runtime.files import write_whole
+from runtime.files import load_safetensors, save_safetensors, write_whole
 from runtime.flags import add_flags, check_bounds, flag, spelled
 from runtime.log import append_metrics
 from runtime.node import once_a_node
@@ -42,7 +43,8 @@ from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
 from runtime.run_directory import begin, check_out, check_unchanged, describe, is_finished, tokens_sha256
 from runtime.sharding import SHARDS, draw_parameters, exchange, gather_whole, is_sharded, ranks_per_copy, shard
-from tasks.scoring import score
+from tasks.scoring import score, token_logprobs
+from variants import load_variants, variant_of, variants_in
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +58,8 @@ class Settings:
     prompt_template: str = flag("", f"the question of rows of other keys, {TEMPLATE_HELP}")
     response_template: str = flag("", "what the model is to answer to it, likewise")
     objective: tuple = flag(("bft",), "one or several rows of bft.OBJECTIVES, each trained from the same start",
-                            nargs="+", choices=list(bft.OBJECTIVES))
+                            nargs="+", choices=bft.OBJECTIVES.keys())
+    variant: tuple = flag((), "Python files that add rows to bft.OBJECTIVES, such as those in variants/", nargs="+")
     group_size: int = flag(256, "g: the window of group and local confidence, in response tokens", at_least=1)
     out: str = flag("runs/out", "run directory; several objectives get one each inside it")
     epochs: int = flag(3, "passes over the data")
@@ -111,6 +114,8 @@ def parse_settings(argv):
     parser = Parser(description="Fine-tunes a GPT with any objective of bft.py. Without --init and --data it runs the "
                     f"default job on assets/, with these defaults in place of those below: {changed}",
                     argument_default=argparse.SUPPRESS)
+    # Their rows are among what --objective may name.
+    load_variants(variants_in(argv))
     add_flags(parser, Settings)
     default_job.add_flags(parser)
     given = vars(parser.parse_args(argv))
@@ -124,7 +129,8 @@ def parse_settings(argv):
         raise UserError(f"{', '.join(misplaced)}: not for the default job; expected --init and --data with it")
     settings = Settings(**{**(default_job.DEFAULTS if is_default_job else {}), **given})
     settings.objective = tuple(dict.fromkeys(settings.objective))         # one that is named twice is trained once
-    settings.data, settings.val_data = tuple(settings.data), tuple(settings.val_data)
+    for name in ("data", "val_data", "variant"):
+        setattr(settings, name, tuple(getattr(settings, name)))
     check_settings(settings)
     return settings, default_job.parse_grid(given, **grid) if is_default_job else None
 
@@ -291,8 +297,11 @@ def files_of_the_model(settings, start, ranks):
 
 
 def describe_run(settings, objective, files, sets, ranks):
-    """What config.json of a run holds; see `runtime.run_directory.describe`."""
-    return describe(settings, objective, files, sets, optimizer_options(settings), ranks)
+    """What config.json of a run holds; see `runtime.run_directory.describe`. Of variants only the objective's own."""
+    variant = variant_of(objective)
+    if variant:
+        files = {**files, "variant": variant}
+    return describe(replace(settings, variant=variant), objective, files, sets, optimizer_options(settings), ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,6 +346,8 @@ def train(settings, objective, out, record, config, start, samples, validation, 
     first_step = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)   # steps done
     # The log may have the validation of this step already.
     run_id, validated = begin(out, record, first_step, settings.resume, ranks)
+    if "ref_logp" in bft.OBJECTIVES[objective].needs:
+        samples = with_reference(out, run_id, model, samples, first_step, dtype, ranks)
     net = wrap(model, settings, dtype, ranks)
     log = StepLog(out, objective, model, samples, first_step, total, settings, dtype, ranks)
 
@@ -392,6 +403,32 @@ def prepare_model(config, start, settings, dtype, ranks):
     draw_parameters(model, ranks.device)                                  # all of them, or adapters
     model.recompute = settings.recompute
     return model
+
+
+def with_reference(out, run_id, model, samples, first_step, dtype, ranks):
+    """The samples with log p_t under the weights that the run starts from. These numbers are computed when it begins,
+    by a forward pass over all samples, and kept in `out`. Raises UserError."""
+    path = out / "ref_logp.safetensors"
+    if first_step == 0:
+        logp = token_logprobs(model, samples, dtype, label=f"{out}: log p_t before training")   # (N,)
+        if ranks.rank == 0:
+            save_safetensors({"ref_logp": logp, "seal": seal(logp, run_id)}, path)
+        ranks.barrier()
+        return samples.with_reference(logp.numpy())
+    try:
+        kept = load_safetensors(path)
+        is_whole = torch.equal(kept["seal"], seal(kept["ref_logp"], run_id))
+    except (OSError, ValueError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is not what this run began with; expected that, or --no-resume")
+    return samples.with_reference(kept["ref_logp"].numpy())
+
+
+def seal(t, run_id):
+    """The digest of a tensor of a run, (32,) uint8."""
+    digest = hashlib.sha256(run_id.encode() + t.numpy().tobytes()).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)
 
 
 def model_on_meta(config, settings, dtype):
@@ -506,14 +543,22 @@ def forward_backward(net, batch, objective, settings, ranks, dtype):
         is_last = number == len(my_micro_batches) - 1
         with exchange(net, is_last), torch.compiler.set_stance("default" if settings.compile else "force_eager"):
             with autocast(ranks.device, dtype):
-                logp = net(packed.input_ids, packed.lengths, packed.at, packed.targets)   # (N,)
-            weights = bft.weigh(logp, packed.offsets, objective, settings.group_size)
-            part = bft.objective_loss(logp, packed.offsets, objective, settings.group_size, denominator, weights)
+                logp, extra = log_probs(net, packed, objective)           # (N,), {name: (N,)}
+            weights = bft.weigh(logp, packed.offsets, objective, settings.group_size, extra)
+            part = bft.objective_loss(logp, packed.offsets, objective, settings.group_size, denominator, weights=weights)
             # DDP and FSDP take the mean over ranks of gradients that are to be added.
             (part * ranks.world).backward()
         loss += part.detach()
         statistics.append(sample_statistics(logp, weights, settings.group_size))
     return Outcome(loss, list(itertools.chain.from_iterable(my_micro_batches)), torch.cat(statistics))
+
+
+def log_probs(net, packed, objective):
+    """(log p_t (N,), {name: (N,)} of what the objective may need besides) of a micro-batch."""
+    arguments = packed.input_ids, packed.lengths, packed.at, packed.targets
+    looks = bft.distribution_needs(objective)
+    logp, extra = net(*arguments, looks=looks) if looks else (net(*arguments), {})
+    return logp, {**extra, "ref_logp": packed.ref_logp}
 
 
 def sample_statistics(logp, weights, group_size):

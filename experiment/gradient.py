@@ -30,13 +30,18 @@ def gradient_items(model, samples, objectives, group_size=256, dtype=torch.float
         own_logits = (0, at, ids[0, at + 1])
         n = len(at)
         window = min(group_size, n)
-        logp = logits.log_softmax(-1)[own_logits].double().cpu().numpy()
+        logp = logits.log_softmax(-1)[own_logits]                         # (n_b,)
+        # The model that is looked at is the one that training starts from.
+        reference = torch.zeros(ids.shape, device=device)                 # (1, T)
+        reference[0, at + 1] = logp
+        logp = logp.double().cpu().numpy()
         group_means = np.convolve(logp, np.full(window, 1 / window), "valid")
         pushes["p"] += np.exp(logp).tolist()
         pushes["C"] += [float(np.exp(group_means.min()))] * n
         for name in objectives:
             with torch.enable_grad():
-                loss = bft.loss_from_logits(logits.requires_grad_(), labels, name, group_size)
+                loss = bft.loss_from_logits(logits.requires_grad_(), labels, name, group_size,
+                                            extra={"ref_logp": reference})
                 gradient, = torch.autograd.grad(loss, logits)
             pushes[name] += (gradient[own_logits].abs() * n).tolist()
     return {key: [float(f"{v:.4g}") for v in values] for key, values in pushes.items()}

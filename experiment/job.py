@@ -39,6 +39,7 @@ from runtime.process import UserError
 from runtime.run_directory import ROUNDING, WITHOUT_EFFECT, check_out
 from runtime.workers import map_in_workers
 from tasks.choice import choice_items, load_choice
+from variants import load_variants
 
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -246,6 +247,7 @@ class Job:
     def train_and_ask(self, training):
         """Trains a model, if it is not there yet, and asks it: its entry in results.json."""
         settings, is_base = training.settings, training.start is None
+        load_variants(settings.variant)                                   # in a worker they are not known yet
         self.ranks.quiet = not is_base
         # Other jobs may need the same base: whoever comes second waits until it is there.
         patience = math.inf if is_base else PATIENCE

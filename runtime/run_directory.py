@@ -2,6 +2,7 @@
 
     config.json               every setting, the optimizer, git commit, package versions, device, data hashes
     metrics.jsonl             a line a step
+    ref_logp.safetensors      log p_t under the weights that it started from, for an objective that needs it
     checkpoint/step-N/        weights that are trained, and the optimizer's state
     model/                    the result as a Hugging Face directory
     writer.lock               while it is written: see runtime/one_writer.py
@@ -40,7 +41,7 @@ ROUNDING = {"micro_tokens", "compile", "recompute", "shard", "device", "world_si
             "torch", "numpy", "tiktoken"}
 # What --no-resume deletes, and what it writes anew.
 DIRECTORIES = ("checkpoint", "model", "tensorboard", "wandb")
-FILES = ("config.json", "metrics.jsonl")
+FILES = ("config.json", "metrics.jsonl", "ref_logp.safetensors")
 # What cannot be config.json of a run.
 NOT_A_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -263,6 +264,8 @@ def remove_earlier_run(out):
     for name in DIRECTORIES:
         if (out / name).exists():
             shutil.rmtree(out / name)
+    for name in FILES[1:]:
+        (out / name).unlink(missing_ok=True)
 
 
 def with_history(out, record, start, ranks):

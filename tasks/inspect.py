@@ -17,6 +17,7 @@ from runtime.process import UserError
 from tasks import Answers
 from tasks.items import add_flags_of_samples, check_flags_of_samples, load_samples_of_models
 from tasks.scoring import refuse_nan
+from variants import add_variant_flag, load_variants
 
 
 PAGE = Path(__file__).resolve().parents[1] / "assets" / "inspect.html"
@@ -29,6 +30,7 @@ class Questions(NamedTuple):
 
 def add_flags(parser):
     add_flags_of_samples(parser)
+    add_variant_flag(parser)
     parser.add_argument("--lines", nargs="+", type=int, default=[], help="of the inspect task's file, which samples to "
                         "show (default: the first four)")
 
@@ -43,6 +45,7 @@ def check_flags(args):
 
 def read(file, number, evaluation):
     args = evaluation.args
+    load_variants(args.variant)
     page = Path(args.out).with_suffix(".html")
     if number > 0:
         page = page.with_stem(f"{page.stem}-{number + 1}")
@@ -64,20 +67,19 @@ def inspect_item(model, tokenizer, sample, dtype=torch.float32, group_size=256):
     device = next(model.parameters()).device
     batch = collate([sample]).to(device)
     with autocast(device, dtype):
-        logp = model(batch.input_ids, batch.lengths, batch.at, batch.targets)                   # (n_b,)
+        logp, extra = model(batch.input_ids, batch.lengths, batch.at, batch.targets, looks=bft.DISTRIBUTION)   # (n_b,)
     logp = logp.cpu().double()
     refuse_nan(logp)
+    # As if the training started from here.
+    extra["ref_logp"] = logp
     sums = F.pad(logp.cumsum(0), (1, 0))                                                        # (n_b + 1,)
     group = min(group_size, len(logp))
     # The first of equal ones.
     first = int((sums[group:] - sums[:-group]).argmin())
-    arguments = logp, batch.offsets, group_size
     weights = {}
-    for name, objective in bft.OBJECTIVES.items():
-        weights[name] = {
-            "w": objective.token_weight(*arguments).tolist(),
-            "s": objective.sample_weight(*arguments).item(),
-        }
+    for name in bft.OBJECTIVES:
+        found = bft.weigh(logp, batch.offsets, name, group_size, extra)
+        weights[name] = {"w": found.token.tolist(), "s": found.sample.item()}
     texts = [tokenizer.bytes.get(i, b"?").decode(errors="backslashreplace") for i in sample.ids.tolist()]
     return {
         "line": sample.line,
@@ -85,8 +87,8 @@ def inspect_item(model, tokenizer, sample, dtype=torch.float32, group_size=256):
         "tokens": texts,
         "response": sample.response.tolist(),
         "p": logp.exp().tolist(),
-        "c": bft.local_confidence(*arguments).tolist(),
-        "confidence": bft.group_confidence(*arguments).item(),
+        "c": bft.local_confidence(logp, batch.offsets, group_size).tolist(),
+        "confidence": bft.group_confidence(logp, batch.offsets, group_size).item(),
         "minimum_group": [first, first + group - 1],
         "weights": weights,
     }

@@ -202,9 +202,10 @@ def test_on_a_gpu_the_heads_products_are_aligned_and_its_row_functions_run_once_
     with Misaligned() as misaligned, torch.no_grad(), torch.device("meta"):
         hidden, weight = torch.empty(N, d, dtype=torch.bfloat16), torch.empty(V, d, dtype=torch.bfloat16)
         context = types.SimpleNamespace(needs_input_grad=(True, True, False))
+        context.mark_non_differentiable = lambda *tensors: None
         context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
-        logp = LinearLogprobs.forward(context, hidden, weight, torch.empty(N, dtype=torch.int64))
-        grad_hidden, grad_weight, _ = LinearLogprobs.backward(context, torch.empty_like(logp))
+        logp, = LinearLogprobs.forward(context, hidden, weight, torch.empty(N, dtype=torch.int64), {})
+        grad_hidden, grad_weight, *_ = LinearLogprobs.backward(context, torch.empty_like(logp))
     assert misaligned.products == 4 + 3 + 2 * 4 and not misaligned.found
     assert grad_hidden.shape == hidden.shape and grad_weight.shape == weight.shape
     first, other = (rows - 3, V), (rows, V)

@@ -542,7 +542,7 @@ def test_what_we_save_opens_in_transformers(tmp_path, monkeypatch, data_file):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, data_file, capsys):
-    broken = bft.Objective(lambda logp, offsets, g: logp * math.nan, bft.every_sample_1, "tokens")
+    broken = bft.Objective(lambda tokens: tokens.logp * math.nan, bft.every_sample_1, "tokens")
     monkeypatch.setitem(bft.OBJECTIVES, "sft", broken)
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 2, "--objective", "sft", "--out", tmp_path / "run") == 1
     assert "error: step 1: loss nan" in capsys.readouterr().err
@@ -566,7 +566,7 @@ def test_when_steps_are_looked_at_changes_nothing(tmp_path, monkeypatch, data_fi
 
 def test_a_number_that_is_none_is_found_at_its_step_though_looked_at_later(tmp_path, monkeypatch, data_file, capsys):
     calls = []
-    broken = bft.Objective(lambda logp, offsets, g: calls.append(0) or logp * (math.nan if len(calls) > 4 else 0) + 1,
+    broken = bft.Objective(lambda tokens: calls.append(0) or tokens.logp * (math.nan if len(calls) > 4 else 0) + 1,
                            bft.every_sample_1, "tokens")                  # a call a step
     monkeypatch.setitem(bft.OBJECTIVES, "sft", broken)
     assert call(monkeypatch, *SMALL, "--data", data_file, "--steps", 20, "--objective", "sft", "--save-every", 3, "--out",
@@ -632,17 +632,17 @@ def test_an_objective_with_its_log_is_few_kernels(objective, most, monkeypatch):
     logp, offsets = (-torch.rand(60)).requires_grad_(), torch.tensor([0, 20, 20, 27, 60])
     with Kernels() as kernels:
         weights = bft.weigh(logp, offsets, objective, 5)
-        bft.objective_loss(logp, offsets, objective, 5, 4, weights).backward()
+        bft.objective_loss(logp, offsets, objective, 5, 4, weights=weights).backward()
         train.sample_statistics(logp, weights, 5)
     assert 0 < kernels.count <= most
 
 
 @pytest.mark.parametrize("draw", [torch.rand_like, lambda logp: torch.rand(len(logp)) < 0.5], ids=["numbers", "yes or no"])
 def test_the_log_shows_the_weights_that_the_loss_had(draw, monkeypatch):
-    monkeypatch.setitem(bft.OBJECTIVES, "drawn", bft.Objective(lambda logp, *_: draw(logp), bft.every_sample_1, "tokens"))
+    monkeypatch.setitem(bft.OBJECTIVES, "drawn", bft.Objective(lambda tokens: draw(tokens.logp), bft.every_sample_1, "tokens"))
     logp, offsets = torch.full((6,), -1.0, requires_grad=True), torch.tensor([0, 4, 6])
     weights = bft.weigh(logp, offsets, "drawn", 5)
-    bft.objective_loss(logp, offsets, "drawn", 5, 1, weights).backward()
+    bft.objective_loss(logp, offsets, "drawn", 5, 1, weights=weights).backward()
     logged = train.sample_statistics(logp, weights, 5)[:, 2]
     torch.testing.assert_close(torch.stack([-logp.grad[:4].sum(), -logp.grad[4:].sum()]).double(), logged)
 

@@ -69,11 +69,11 @@ def main():
 
         return score(*others, interrupted)
 
-    def draws(logp, offsets, group_size):
-        return (logp.exp() * torch.rand(len(logp)) + train.np.random.rand() + train.random.random()) / 3
+    def draws(tokens):
+        return (tokens.logp.exp() * torch.rand(len(tokens.logp)) + train.np.random.rand() + train.random.random()) / 3
 
-    def wrong(logp, offsets, group_size):
-        return torch.ones_like(logp) * ({"nan": torch.nan, "zero": 0}[fault] if len(steps) >= at - 1 else 1)
+    def wrong(tokens):
+        return torch.ones_like(tokens.logp) * ({"nan": torch.nan, "zero": 0}[fault] if len(steps) >= at - 1 else 1)
 
     def late(*args, save=train.hf.save_model, **options):
         if options["writes"]:

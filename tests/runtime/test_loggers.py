@@ -140,7 +140,7 @@ def test_only_rank_0_reports_and_its_exit_is_clean(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_stops_reports_what_it_has(tmp_path, monkeypatch):
-    broken = bft.Objective(lambda logp, offsets, g: logp * math.nan, bft.every_sample_1, "tokens")
+    broken = bft.Objective(lambda tokens: tokens.logp * math.nan, bft.every_sample_1, "tokens")
     monkeypatch.setitem(bft.OBJECTIVES, "sft", broken)
     assert call(monkeypatch, *ARGV, "--objective", "sft", "--report", "wandb", "--out", tmp_path / "run") == 1
     file, = wandb_files(tmp_path / "run")
