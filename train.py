@@ -545,7 +545,8 @@ def forward_backward(net, batch, objective, settings, ranks, dtype):
             with autocast(ranks.device, dtype):
                 logp, extra = log_probs(net, packed, objective)           # (N,), {name: (N,)}
             weights = bft.weigh(logp, packed.offsets, objective, settings.group_size, extra)
-            part = bft.objective_loss(logp, packed.offsets, objective, settings.group_size, denominator, weights=weights)
+            part = bft.objective_loss(logp, packed.offsets, objective, settings.group_size, denominator,
+                                      weights=weights)
             # DDP and FSDP take the mean over ranks of gradients that are to be added.
             (part * ranks.world).backward()
         loss += part.detach()

@@ -3,12 +3,12 @@
     w_t = p_t                                              s_b = 1 - C_b^gamma, gamma = 1/2, 2
                                                            average over samples
 
-gamma = 1 is bft. Below 1, samples of which the model is nearly certain keep a larger difference; above 1, all but these
-count alike.
+gamma = 1 is bft. Below 1, samples of which the model is nearly certain keep a larger difference; above 1, all but
+these count alike.
 
-Source: the authors' code (TencentAILabHealthcare/BFT, LLaMA-Factory/src/llamafactory/train/trainer_utils.py at e54ca5c):
-gamma is the environment variable BFT_CONF_GAMMA, 1 by default, which its README does not name. Values other than 1
-have no figures of its authors; 1/2 and 2 are ours. docs/method.md says in what else the code differs.
+Source: the authors' code (TencentAILabHealthcare/BFT, LLaMA-Factory/src/llamafactory/train/trainer_utils.py at
+e54ca5c): gamma is the environment variable BFT_CONF_GAMMA, 1 by default, which its README does not name. Values
+other than 1 have no figures of its authors; 1/2 and 2 are ours. docs/method.md says in what else the code differs.
 """
 
 import bft

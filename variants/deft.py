@@ -4,9 +4,9 @@
 
 Where the model is certain of something (a near 1) it is DFT; where it is not (a near 0), SFT.
 
-Source: the authors' code (luludus/DEFT, main_verl/trainer/fsdp_sft_trainer.py at bbe7896). Its loss is
-(1 - p^a) / (a + 1e-6) with a detached, a gradient through p, and so a / (a + 1e-6) p^a for a weight; we leave the 1e-6
-out. It divides by the response tokens of a micro-batch, and adds micro-batches up, as that of variants/power.py.
+Source: the authors' code (luludus/DEFT, main_verl/trainer/fsdp_sft_trainer.py at bbe7896). Its loss is (1 - p^a) /
+(a + 1e-6) with a detached, a gradient through p, and so a / (a + 1e-6) p^a for a weight; we leave the 1e-6 out. It
+divides by the response tokens of a micro-batch, and adds micro-batches up, as that of variants/power.py.
 """
 
 import bft

@@ -2,7 +2,8 @@
 
     w_t = H_20 / 3                                         s_b = 1, average over tokens
 
-H_20 is the entropy, in nats, of the 20 likeliest tokens, renormalised; 3 stands for its largest value, log 20 = 2.996.
+H_20 is the entropy, in nats, of the 20 likeliest tokens, renormalised; 3 stands for its largest value, log 20 =
+2.996.
 
 Source: LLaMA-Factory (src/llamafactory/train/trainer_utils.py, PR 9720 by the authors), with its exponent of 1; the
 equations are 2 and 3 of the paper. Axolotl (PR 3366) leaves out the 3, so that its steps are three times as long.

@@ -2,9 +2,9 @@
 
     w_t = 1[p_t >= 0.1]                                    s_b = 1, average over all response tokens
 
-Source: the authors' code (Utaotao/ProFit, src/llamafactory/train/trainer_utils.py at 92529ff), with the threshold and the
-direction ("higher") of its recipe. In training it divides by all response tokens of the step, as we do; in an
-evaluation, where that number is not given, by those that are left.
+Source: the authors' code (Utaotao/ProFit, src/llamafactory/train/trainer_utils.py at 92529ff), with the threshold
+and the direction ("higher") of its recipe. In training it divides by all response tokens of the step, as we do; in
+an evaluation, where that number is not given, by those that are left.
 
 It is only-top (variants/only_top.py) with another threshold.
 """
