@@ -249,12 +249,16 @@ def loss_from_logits(logits, labels, objective="bft", group_size=256, denominato
     if logits.dim() != 3 or logits.shape[:2] != labels.shape:
         raise ValueError(f"logits must be (B, T, V) and labels (B, T); they are {tuple(logits.shape)} "
                          f"and {tuple(labels.shape)}")
+    extra = extra or {}
+    for name, values in extra.items():
+        if values.shape != labels.shape:
+            raise ValueError(f"extra[{name!r}] must be (B, T) = {tuple(labels.shape)}; it is {tuple(values.shape)}")
     labels = labels[:, 1:]                                            # logits at t predict the token at t + 1
     response = labels != -100                                         # (B, T-1)
     logits = logits[:, :-1][response].to(_precision(logits))          # (N, V) row by row: the ragged order
     logp = -F.cross_entropy(logits, labels[response], reduction="none")  # (N,)
     offsets = F.pad(response.sum(1).cumsum(0), (1, 0))                # (B+1,)
-    needed = {name: values[:, 1:][response] for name, values in (extra or {}).items()}  # (N,) each
+    needed = {name: values[:, 1:][response] for name, values in extra.items()}   # (N,) each
     for name, function in distribution_needs(objective).items():
         with torch.no_grad():
             needed[name] = function(logits.log_softmax(-1))
