@@ -1,6 +1,6 @@
 """ASFT: DFT with an anchor to the model that the training started from. arXiv 2509.23753.
 
-    w_t = p_t + k (p_ref,t / p_t - 1),   k = 0.1           s_b = 1, average over tokens
+    w_t = p_t + k (p_ref,t / p_t - 1) 1[|log(p_ref,t / p_t)| <= 10],   k = 0.1           s_b = 1, average over tokens
 
 The loss behind it is p_t l_t (p_t detached) plus k times an estimate of the divergence from the starting model at
 the target alone: e^r - r - 1 with r = log p_ref,t - log p_t, whose derivative by log p_t is 1 - e^r. So the
@@ -10,19 +10,24 @@ loss is another one.
 Source: the authors' code (zhuchichi56/ASFT, train_v2.py at 6f6f51c) has the full divergence sum_v p_ref,v
 log(p_ref,v / p_v) with k = 0.1 (0.05 in its README). That has a gradient for every token of the vocabulary and is
 no weight of log p_t, so that it does not fit this table. Ours is the estimator at the target, as in NeMo-RL (PR
-3302) and SkyRL, which clamps r to [-10, 10], as we do. It estimates the divergence in the other direction, of
-tokens that the model draws; k does not carry over from one to the other, says that PR.
+3302) and SkyRL, which clamps r to [-10, 10]: beyond, the estimate is constant and has no gradient, or one token
+would outweigh all others. It estimates the divergence in the other direction, of tokens that the model draws; k does
+not carry over from one to the other, says that PR.
 """
+
+import torch
 
 import bft
 
 
 ANCHOR = 0.1
+LARGEST = 10.0
 
 
 def anchored_probability(tokens):
-    r = (tokens.extra["ref_logp"] - tokens.logp).clamp(-10, 10)           # (N,)
-    return tokens.logp.exp() + ANCHOR * r.expm1()                         # (N,)
+    r = tokens.extra["ref_logp"] - tokens.logp                            # (N,)
+    pull = torch.where(r.abs() <= LARGEST, r.expm1(), 0.0)                # (N,)
+    return tokens.logp.exp() + ANCHOR * pull                              # (N,)
 
 
 bft.OBJECTIVES["asft"] = bft.Objective(anchored_probability, bft.every_sample_1, "tokens", needs=("ref_logp",))
