@@ -11,6 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(autouse=True)
 def no_trace_of_a_command():
-    """A command that a test calls in this process sets this variable for what it starts itself."""
+    """A command that a test calls in this process sets a variable for what it starts itself, and --variant adds rows to the
+    table."""
+    import bft
+    import variants
+    rows = dict(bft.OBJECTIVES)
     yield
     os.environ.pop("PYTHONSAFEPATH", None)
+    bft.OBJECTIVES.clear()
+    bft.OBJECTIVES.update(rows)
+    variants.FILES.clear()
