@@ -172,8 +172,8 @@ def tensor_left_on_the_cpu():
 def item_in_the_step():
     objective_loss = bft.objective_loss
 
-    def look_at_loss(*args):
-        loss = objective_loss(*args)
+    def look_at_loss(*args, **options):
+        loss = objective_loss(*args, **options)
         assert loss.item() >= 0
         return loss
 

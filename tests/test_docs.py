@@ -26,11 +26,12 @@ import pytest
 from support import ROOT
 
 import bft
+from variants import load_variants
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", "bench/RESULTS.md",
          *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
-MODULES = ("bft", "data", "eval", "model", "train", "hf", "runtime", "tasks", "experiment")
+MODULES = ("bft", "data", "eval", "model", "train", "hf", "runtime", "tasks", "experiment", "variants")
 
 # Flags of other people's programs.
 FOREIGN_FLAGS = {
@@ -234,6 +235,8 @@ def what_is_wrong(command):
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in FOREIGN_FLAGS.get(program, ()):
             return f"{program} has no {flag}"
+    if command[:2] == ["python", "-m"] and command[2].startswith("variants."):
+        return None if is_variant(command[2].replace(".", "/") + ".py") else f"there is no {command[2]}"
     if not script:
         return None
     if script.startswith("tests/"):
@@ -251,12 +254,18 @@ def what_is_wrong_with_arguments(parser, arguments):
     if {"...", "--help"} & {*arguments} or placeholders() & {*arguments}:
         return None
     arguments = ["0" if word.startswith("$") else word for word in arguments]
+    # Whose rows --objective may name.
+    load_variants([str(ROOT / word) for word in arguments if is_variant(word)])
     try:
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             parser.parse_args(arguments)
     except (Exception, SystemExit) as e:
         return f"{e} {errors.getvalue()}"
     return None
+
+
+def is_variant(word):
+    return word.startswith("variants/") and (ROOT / word).is_file()
 
 
 @functools.cache
@@ -280,7 +289,7 @@ def names_of_the_sources():
 
 def python_files():
     """The project's Python files, but for this one, whose lists are no proof of anything."""
-    folders = [ROOT / name for name in ("hf", "runtime", "tasks", "experiment", "prepare", "bench", "tests")]
+    folders = [ROOT / name for name in ("hf", "runtime", "tasks", "experiment", "variants", "prepare", "bench", "tests")]
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     return [path for path in files if path != Path(__file__)]
 
@@ -467,6 +476,9 @@ def test_the_sizes_of_the_file_map_are_about_right():
     ("```sh\npython train.py --no-such-flag\n```", wrong_commands, "--no-such-flag"),
     ("```sh\npython train.py --seed x\n```", wrong_commands, "--seed"),
     ("```sh\nfor s in 0 1; do python eval.py runs/$s --tasks nlll --data F; done\n```", wrong_commands, "nlll"),
+    ("```sh\npython train.py --objective power-2\n```", wrong_commands, "power-2"),
+    ("```sh\npython train.py --variant variants/power.py --objective power-3\n```", wrong_commands, "power-3"),
+    ("`python -m variants.no_such_file`", wrong_commands, "no_such_file"),
     ("```sh\ntorchrun --nproc=8 train.py ...\n```", wrong_commands, "--nproc"),
     ("`PYTHONPATH=. python tests/no_such.py 20`", wrong_commands, "no_such.py"),
     ("`--no-such-flag`", wrong_names, "--no-such-flag"),
@@ -485,3 +497,9 @@ def test_what_is_wrong_is_found(text, check, words):
     blocks = [Block(match[1], match[2], "") for match in FENCE.finditer(text)]
     wrong = check(Page(path, FENCE.sub("", text), blocks))
     assert len(wrong) == 1 and words in wrong[0]
+
+
+def test_the_rows_of_a_variant_may_be_named():
+    text = "```sh\npython train.py --variant variants/power.py --objective sft power-2\n```\n\n`python -m variants.power`"
+    blocks = [Block(match[1], match[2], "") for match in FENCE.finditer(text)]
+    assert wrong_commands(Page(ROOT / "page-of-test.md", FENCE.sub("", text), blocks)) == []

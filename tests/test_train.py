@@ -449,7 +449,7 @@ def test_a_number_that_is_none_names_the_files_of_its_samples(tmp_path, monkeypa
     a.write_text(lines[0])
     b.write_text("[" + ",".join(lines[1:3]) + "]")
     original = bft.objective_loss
-    monkeypatch.setattr(bft, "objective_loss", lambda *args: original(*args) * math.nan)
+    monkeypatch.setattr(bft, "objective_loss", lambda *args, **options: original(*args, **options) * math.nan)
     assert call(monkeypatch, *SMALL, "--data", a, b, "--steps", 1, "--out", tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert "error: step 1: loss nan" in error and all(place in error for place in (f"{a}:1", f"{b}: row 1", f"{b}: row 2"))
