@@ -7,8 +7,11 @@ A file adds rows to `bft.OBJECTIVES`; docs/forking.md shows how one is written, 
 """
 
 import importlib.util
+import os
+import re
 import sys
 import traceback
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import bft
@@ -35,28 +38,33 @@ def variant_of(objective):
     return (FILES[objective],) if objective in FILES else ()
 
 
+class AsItIs(SourceFileLoader):
+    """Runs a file as it is now. Python would keep its bytecode beside it, and take that for the one of a later content
+    of the same size and second."""
+
+    def get_code(self, name):
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_variants(paths):
     """Reads files that add rows to `bft.OBJECTIVES`, each once. Raises UserError."""
     for path in paths:
-        if path not in FILES.values():
+        if os.path.realpath(path) not in map(os.path.realpath, FILES.values()):
             load_variant(path)
 
 
 def load_variant(path):
-    before = dict(bft.OBJECTIVES)
-    name = Path(path).stem
-    spec = importlib.util.spec_from_file_location(f"variant {name}", path)
-    if spec is None or not Path(path).is_file():
+    if Path(path).suffix != ".py" or not Path(path).is_file():
         raise UserError(f"--variant {path}: expected a Python file, NAME.py")
+    before = dict(bft.OBJECTIVES)
+    name = f"variant {Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=AsItIs(name, path))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
-        # The last line of this file that was at work; 0: it could not be read.
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        line = e.lineno if isinstance(e, SyntaxError) else (lines or [0])[-1]
-        raise UserError(f"--variant {path}, line {line}: {type(e).__name__}: {e}") from None
+    except (Exception, SystemExit) as e:
+        raise UserError(f"--variant {path}{line_of(e, path)}: {type(e).__name__}: {e}") from None
     changed = [name for name, row in before.items() if bft.OBJECTIVES.get(name) is not row]
     if changed:
         raise UserError(f"--variant {path} changes the row {changed[0]!r}; expected other names, which it adds")
@@ -68,9 +76,21 @@ def load_variant(path):
         FILES[name] = path
 
 
+def line_of(e, path):
+    """The last line of this file that was at work when it failed, as words; "" if none was."""
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+    if isinstance(e, SyntaxError) and e.filename == path:
+        lines.append(e.lineno)
+    return f", line {lines[-1]}" if lines and lines[-1] else ""
+
+
 def check_row(path, name, row):
     known = (*bft.DISTRIBUTION, "ref_logp")
-    if not isinstance(row, bft.Objective) or row.average not in ("tokens", "samples"):
+    # It names a directory, too.
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--variant {path}: a row is called {name!r}; expected letters, digits, '-', '_' and '.'")
+    is_objective = isinstance(row, bft.Objective) and callable(row.token_weight) and callable(row.sample_weight)
+    if not is_objective or row.average not in ("tokens", "samples") or not isinstance(row.needs, (tuple, list)):
         raise UserError(f"--variant {path}: {name!r} is {row!r}; expected bft.Objective(token_weight, sample_weight, "
                         "'tokens' or 'samples', needs)")
     for need in row.needs:
