@@ -11,6 +11,7 @@ from support import LLAMA, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bft
 import hf
 import model as model_module
 from data import Sample, bucket, collate, deal
@@ -204,12 +205,13 @@ def test_on_a_gpu_the_heads_products_are_aligned_and_its_row_functions_run_once_
         context = types.SimpleNamespace(needs_input_grad=(True, True, False))
         context.mark_non_differentiable = lambda *tensors: None
         context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
-        logp, = LinearLogprobs.forward(context, hidden, weight, torch.empty(N, dtype=torch.int64), {})
+        logp, *_ = LinearLogprobs.forward(context, hidden, weight, torch.empty(N, dtype=torch.int64), bft.DISTRIBUTION)
         grad_hidden, grad_weight, *_ = LinearLogprobs.backward(context, torch.empty_like(logp))
     assert misaligned.products == 4 + 3 + 2 * 4 and not misaligned.found
     assert grad_hidden.shape == hidden.shape and grad_weight.shape == weight.shape
     first, other = (rows - 3, V), (rows, V)
-    assert calls == {"row_logsumexp": [first, other, other, other], "row_softmax_": [other, first, other, other]}
+    assert calls == {"row_logsumexp": [first, other, other, other], "row_softmax_": [other, first, other, other],
+                     "row_look": [shape for shape in (first, other, other, other) for _ in bft.DISTRIBUTION]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -259,6 +261,120 @@ def test_the_head_never_holds_more_logits_than_a_chunk(monkeypatch, dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What the head may be asked besides
+
+def by_definition(logits):
+    """{name: (N,)} of bft.DISTRIBUTION, of all logits (N, V) in float64, by loops."""
+    found = {"entropy": [], "collision": [], "top20_entropy": []}
+    for p in logits.double().softmax(-1).tolist():
+        top = sorted(p)[-20:]
+        found["entropy"].append(-math.fsum(x * math.log(x) for x in p if x > 0))
+        found["collision"].append(math.fsum(x * x for x in p))
+        found["top20_entropy"].append(-math.fsum(x / sum(top) * math.log(x / sum(top)) for x in top if x > 0))
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+
+
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(model_module, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(model_module, "compiled", lambda function: function)
+    monkeypatch.setattr(model_module, "CHUNK_ROWS", 64)
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("N, V", [(0, 211), (1, 211), (64, 211), (65, 211), (150, 211), (70, 7), (70, 20)])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])                       # flat distributions, and ones with p near 0 and 1
+def test_looks_are_what_they_are_called_and_change_nothing(monkeypatch, gpu, N, V, scale):
+    """In chunks of 64 rows at most, the first of which may be smaller; the log-probs and their gradients stay to the bit."""
+    monkeypatch.setattr(model_module, "CHUNK_BYTES", 1)
+    if gpu:
+        as_on_a_gpu(monkeypatch)
+    torch.manual_seed(0)
+    hidden, weight, targets, of_logp = torch.randn(N, 16), scale * torch.randn(V, 16), torch.randint(V, (N,)), torch.randn(N)
+    found = {}
+
+    def with_looks(*inputs):
+        logp, values = linear_logprobs(*inputs, bft.DISTRIBUTION)
+        found.update(values)
+        return logp
+
+    plain = head_gradients(linear_logprobs, hidden, weight, targets, of_logp)
+    looked = head_gradients(with_looks, hidden, weight, targets, of_logp)
+    assert all(torch.equal(a, b) for a, b in zip(plain, looked, strict=True))
+    expected = by_definition(hidden.double() @ weight.double().T)
+    assert list(found) == list(expected)
+    for name, values in found.items():
+        assert values.dtype == torch.float32 and values.shape == (N,) and not values.requires_grad
+        # Logits of 40 have steps of 4e-6 in float32, and products' errors on top.
+        tolerance = 1e-5 if scale < 40 else 1e-3
+        torch.testing.assert_close(values.double(), expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_under_autocast_looks_are_those_of_rounded_logits(monkeypatch, gpu):
+    monkeypatch.setattr(model_module, "CHUNK_BYTES", 1)
+    if gpu:
+        as_on_a_gpu(monkeypatch)
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(150, 64), torch.randn(300, 64) / 4, torch.randint(300, (150,))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = linear_logprobs(hidden, weight, targets)
+        logp, found = linear_logprobs(hidden, weight, targets, bft.DISTRIBUTION)
+    assert torch.equal(logp, plain)
+    expected = by_definition(hidden @ weight.T)
+    for name, values in found.items():
+        assert values.dtype == torch.float32
+        off = (values.double() - expected[name]).abs()
+        assert 0 < off.max() < 0.03, name                                 # logits of up to 8 have bfloat16 steps of 1/32
+
+
+def test_one_look_and_float64(monkeypatch):
+    monkeypatch.setattr(model_module, "CHUNK_BYTES", 1)
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(100, 8).double(), torch.randn(30, 8).double(), torch.randint(30, (100,))
+    expected = by_definition(hidden @ weight.T)
+    for name, look in bft.DISTRIBUTION.items():
+        logp, found = linear_logprobs(hidden, weight, targets, {"called": look})
+        assert list(found) == ["called"] and found["called"].dtype == torch.float64
+        torch.testing.assert_close(found["called"], expected[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(logp, materialised(hidden, weight, targets))
+
+
+def test_the_model_gives_looks_beside_log_probs():
+    model, samples = tiny(), random_samples(7)
+    b = collate(samples, 200)
+    logp, found = model(b.input_ids, b.lengths, b.at, b.targets, looks=bft.DISTRIBUTION)
+    assert torch.equal(logp, model(b.input_ids, b.lengths, b.at, b.targets)) and logp.requires_grad
+    for number, sample in enumerate(samples):
+        logits = model(torch.from_numpy(sample.ids)[None])[0][np.flatnonzero(sample.response) - 1]
+        for name, values in by_definition(logits).items():
+            own = found[name][b.offsets[number]:b.offsets[number + 1]]
+            torch.testing.assert_close(own.double(), values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("looks", [{}, bft.DISTRIBUTION], ids=["none", "all"])
+def test_looks_hold_no_more_logits_than_a_chunk_and_nothing_for_the_backward_pass(monkeypatch, looks):
+    N, V, d, rows = 1000, 512, 8, 100
+    monkeypatch.setattr(model_module, "CHUNK_BYTES", rows * V * 4)
+    hidden, weight, targets = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(V, (N,))
+    saved = []
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        linear_logprobs(hidden, weight, targets, looks)
+    assert largest.numel == rows * V and sorted(saved) == sorted([N * d, V * d, N, N, N])
+
+
+@pytest.mark.parametrize("needs, kernels", [((), 0), (("entropy",), 1), (("collision", "top20_entropy"), 2)])
+def test_what_no_row_needs_costs_nothing(monkeypatch, needs, kernels):
+    """A step looks at each chunk once for each of what its objective needs."""
+    monkeypatch.setitem(bft.OBJECTIVES, "mine", bft.Objective(bft.every_token_1, bft.every_sample_1, "tokens", (*needs, "ref_logp")))
+    monkeypatch.setattr(model_module, "CHUNK_BYTES", 1)
+    looked, row_look = [], model_module.row_look
+    monkeypatch.setattr(model_module, "row_look", lambda z, lse, look: looked.append(len(z)) or row_look(z, lse, look))
+    model, b = tiny(), collate(random_samples(20))
+    model(b.input_ids, b.lengths, b.at, b.targets, looks=bft.distribution_needs("mine"))
+    assert sum(looked) == kernels * len(b.at) and len(b.at) > 64
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 @torch._dynamo.config.patch(recompile_limit=3)                            # torch's own is 8: it would take long to pass it
@@ -300,7 +416,7 @@ def test_blocks_compile_once_for_each_size_and_equal_eager(lora):
 def test_what_a_gpu_compiles_of_the_head_is_compiled_at_most_twice(monkeypatch):
     monkeypatch.setattr(model_module, "CHUNK_BYTES", 1)
     counters = {}
-    for name in ("row_logsumexp", "row_softmax_"):
+    for name in ("row_logsumexp", "row_softmax_", "row_look"):
         counters[name] = CompileCounterWithBackend("aot_eager")
         monkeypatch.setattr(model_module, name, torch.compile(getattr(model_module, name), backend=counters[name]))
     torch.manual_seed(0)
@@ -310,7 +426,10 @@ def test_what_a_gpu_compiles_of_the_head_is_compiled_at_most_twice(monkeypatch):
             for a, b in zip(head_gradients(linear_logprobs, hidden, weight, targets, torch.ones(N)),
                             head_gradients(materialised, hidden, weight, targets, torch.ones(N))):
                 torch.testing.assert_close(a, b)
-    assert all(c.frame_count == 2 for c in counters.values())
+            _, looked = linear_logprobs(hidden, weight, targets, bft.DISTRIBUTION)
+            for name, look in bft.DISTRIBUTION.items():
+                torch.testing.assert_close(looked[name], look((hidden @ weight.T).log_softmax(-1)))
+    assert [c.frame_count for c in counters.values()] == [2, 2, 2 * len(bft.DISTRIBUTION)]
 
 
 def test_recomputed_blocks_give_the_same_gradient_and_keep_less():
