@@ -511,7 +511,7 @@ def row_logsumexp(z):                                                     # (n, 
 
 
 def row_look(z, lse, look):                                               # (n, V), (n,) -> (n,)
-    return look(z.to(lse.dtype) - lse[:, None])
+    return look(z - lse[:, None])
 
 
 def row_softmax_(z, lse):                                                 # (n, V), (n,); in place
