@@ -18,6 +18,7 @@ from forked import forked
 from support import ASSETS, ROOT, SMALL, call, count_compiled_rows, metrics, tiny, torchrun
 from test_bft import reference
 from test_data import BAD_LINES
+from test_model import by_definition
 from tokenizer_files import CHATML, assets_with, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,22 +46,27 @@ def data_file(tmp_path_factory):
 def one_sample_at_a_time(objective, adapters):
     """Loss, gradient and each sample's NLL of the worker's batch, from plain logits of one sample at a time."""
     model, batch = split_worker.setup(adapters)
-    logps = []
+    logps, extras = [], []
     for s in batch:
         ids = torch.from_numpy(s.ids)
         at = torch.from_numpy(s.response).nonzero()[:, 0] - 1
-        logps.append(model(ids[None])[0].log_softmax(-1)[at, ids[at + 1]])
+        logits = model(ids[None])[0, at]
+        logps.append(logits.log_softmax(-1)[torch.arange(len(at)), ids[at + 1]])
+        needs = bft.OBJECTIVES[objective].needs
+        extras.append({**(by_definition(logits) if needs else {}), "ref_logp": torch.from_numpy(s.ref_logp)})
     offsets = torch.tensor([0, *map(len, logps)]).cumsum(0)
-    loss = bft.objective_loss(torch.cat(logps), offsets, objective, split_worker.GROUP_SIZE)
+    extra = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
+    loss = bft.objective_loss(torch.cat(logps), offsets, objective, split_worker.GROUP_SIZE, extra=extra)
     loss.backward()
     nll = torch.stack([-x.detach().double().sum() for x in logps])
     return loss.item(), split_worker.gradient(model), nll
 
 
-@pytest.mark.parametrize("objective", ["sft", "bft"])                     # averages over tokens, over samples
+@pytest.mark.parametrize("objective", ["sft", "bft", "everything"])       # averages over tokens, over samples; all needs
 @pytest.mark.parametrize("world, micro_tokens", [(2, 10000), (2, 60), (3, 1)])
 def test_the_mean_over_ranks_is_the_gradient_of_one(world, micro_tokens, objective, monkeypatch):
     """The ranks one after the other, without DDP, whose mean of their gradients is taken here."""
+    split_worker.add_rows()
     exchanges = []
     monkeypatch.setattr(train, "exchange", lambda net, is_last: exchanges.append(is_last) or contextlib.nullcontext())
     loss, gradient, _ = one_sample_at_a_time(objective, False)
@@ -91,8 +97,10 @@ def test_a_step_is_the_same_in_every_layout(how, ranks, layouts, tmp_path):
     result = forked(ranks, ROOT / "tests" / "split_worker.py", how, tmp_path / "out.pt", *layouts)
     assert result.returncode == 0, result.stderr
     results = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert len(results) == 2 * len(layouts) * len(bft.OBJECTIVES)
-    for objective, adapters in itertools.product(bft.OBJECTIVES, (False, True)):
+    split_worker.add_rows()
+    cases = [(objective, adapters) for adapters in (False, True) for objective in split_worker.objectives(adapters)]
+    assert len(results) == len(layouts) * len(cases)
+    for objective, adapters in cases:
         loss, gradient, nll = one_sample_at_a_time(objective, adapters)
         for layout in layouts:
             other_loss, other, statistics = results[f"{objective} {layout} {adapters}"]
@@ -586,8 +594,9 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("objective", bft.OBJECTIVES)
+@pytest.mark.parametrize("objective", [*bft.OBJECTIVES, "iw-sft", "everything"])
 def test_a_step_does_not_wait_for_the_device(objective, monkeypatch):
+    split_worker.add_rows()
     monkeypatch.setattr(bft, "_check", lambda *_: None)                   # looks at offsets where they lie on the CPU
     model, batch = split_worker.setup(False)
     optimizer, s = torch.optim.AdamW(model.parameters(), fused=True), train.Settings(micro_tokens=60)
