@@ -418,7 +418,7 @@ def with_reference(out, run_id, model, samples, first_step, dtype, ranks):
     try:
         kept = load_safetensors(path)
         is_whole = torch.equal(kept["seal"], seal(kept["ref_logp"], run_id))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         is_whole = False
     if not is_whole:
         raise UserError(f"{path} is not what this run began with; expected that, or --no-resume")
