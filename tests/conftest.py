@@ -13,11 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def no_trace_of_a_command():
     """A command that a test calls in this process sets a variable for what it starts itself, and --variant adds rows to the
     table."""
+    from support import forget_variants
+
     import bft
-    import variants
+    # Those of a fixture that came before this one.
+    forget_variants()
     rows = dict(bft.OBJECTIVES)
     yield
     os.environ.pop("PYTHONSAFEPATH", None)
+    forget_variants()
     bft.OBJECTIVES.clear()
     bft.OBJECTIVES.update(rows)
-    variants.FILES.clear()

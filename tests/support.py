@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import bft
 import hf
 import model
+import variants
 from model import GPT
 from runtime.process import run
 
@@ -71,6 +73,13 @@ def call(monkeypatch, *argv):
     except SystemExit as e:
         return e.code
     return 0
+
+
+def forget_variants():
+    """As in a command that begins: what --variant added to the table is gone."""
+    for name in variants.FILES:
+        bft.OBJECTIVES.pop(name, None)
+    variants.FILES.clear()
 
 
 def metrics(out, timings=False):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support import ASSETS, ROOT, SMALL, call, metrics, save_with_tokenizer, tiny
+from support import ASSETS, ROOT, SMALL, call, forget_variants, metrics, save_with_tokenizer, tiny
 
 import bft
 import hf
@@ -88,29 +88,22 @@ def test_a_run_has_the_digest_of_its_own_file_and_no_other(folder, monkeypatch, 
     (folder / "mine.py").rename(folder / "elsewhere" / "ours.py")
     (folder / "p.py").write_bytes(POWER.read_bytes())
     (folder / "more.py").write_text(MINE.replace('"surprise"', '"more"').replace("by-entropy", "still-more"))
-    forget()
+    forget_variants()
     assert call(monkeypatch, *argv, "p.py", "more.py", "elsewhere/ours.py", "--out", "a") == 0
     assert capsys.readouterr().out.count("finished, 2 steps; nothing to do") == 3
 
     # A changed one is another run, for its own row alone.
     (folder / "elsewhere" / "ours.py").write_text(MINE.replace("1 - tokens", "2 - tokens"))
-    forget()
+    forget_variants()
     assert call(monkeypatch, *argv, "p.py", "elsewhere/ours.py", "--out", "a") == 2
     error = capsys.readouterr().err
     assert "surprise holds another run (another content of variant)" in error and error.count("\n") == 1
-    forget()
+    forget_variants()
     assert call(monkeypatch, *argv[:-5], "--objective", "sft", "power-2", "--variant", "p.py", "elsewhere/ours.py", "--out", "a") == 0
     assert capsys.readouterr().out.count("nothing to do") == 2
-    forget()
+    forget_variants()
     assert call(monkeypatch, *argv, "p.py", "elsewhere/ours.py", "--out", "a", "--no-resume") == 0
     assert metrics(folder / "a" / "surprise")[0]["token_weight"] > 1      # what runs is what was written last
-
-
-def forget():
-    """As a command that begins."""
-    for name in variants.FILES:
-        del bft.OBJECTIVES[name]
-    variants.FILES.clear()
 
 
 def test_a_file_is_read_once_however_it_is_spelt(folder):
