@@ -113,15 +113,16 @@ def test_one_seed_prints_one_table(in_a_folder, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_workers_give_the_same_and_end_with_the_command(in_a_folder, monkeypatch):
-    """Two workers, stopped and started again, against one process."""
-    argv = [*SMALL[2:], "--steps", 100, "--lr", 1e-3, "--objective", "sft", "bft", "--log-every", 1, "--out", "job"]
+    """Two workers, stopped and started again, against one process. They know the rows of --variant, and what these need."""
+    argv = [*SMALL[2:], "--steps", 100, "--lr", 1e-3, "--variant", ROOT / "variants" / "iw_sft.py", ROOT / "variants" / "eaft.py",
+            "--objective", "eaft", "iw-sft", "--log-every", 1, "--out", "job"]
     assert call(monkeypatch, *argv) == 0
     expected = (in_a_folder / "job" / "results.json").read_bytes()
     (in_a_folder / "job").rename("one-process")
     command = [sys.executable, ROOT / "tests" / "experiment" / "small_job.py", *map(str, argv)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     options = {"env": {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": path}, "stdout": subprocess.DEVNULL}
-    runs = [in_a_folder / "job" / "seed-0" / "lr-0.001" / name for name in ("sft", "bft")]
+    runs = [in_a_folder / "job" / "seed-0" / "lr-0.001" / name for name in ("eaft", "iw-sft")]
 
     def start_and_wait_for_steps():
         process = subprocess.Popen(command, **options)

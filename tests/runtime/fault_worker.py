@@ -2,7 +2,7 @@
 
     fault_worker.py FAULT [RANK STEP] -- arguments of train.py
 
-The objective draws from every random generator there is. STEP counts the steps of this process from 1, and the fault
+The objective draws from every random generator there is, and needs what is known of a token besides. STEP counts the steps of this process from 1, and the fault
 comes in the middle of it, after its backward pass:
 
     draws            nothing
@@ -70,7 +70,8 @@ def main():
         return score(*others, interrupted)
 
     def draws(tokens):
-        return (tokens.logp.exp() * torch.rand(len(tokens.logp)) + train.np.random.rand() + train.random.random()) / 3
+        drawn = tokens.logp.exp() * torch.rand(len(tokens.logp)) + train.np.random.rand() + train.random.random()
+        return (drawn + tokens.extra["entropy"] / 9 + tokens.extra["ref_logp"].exp()) / 5
 
     def wrong(tokens):
         return torch.ones_like(tokens.logp) * ({"nan": torch.nan, "zero": 0}[fault] if len(steps) >= at - 1 else 1)
@@ -91,7 +92,10 @@ def main():
     if fault == "slow":
         os.fsync = lambda f: (time.sleep(0.08), fsync(f))
     row = bft.OBJECTIVES["bft"]
-    bft.OBJECTIVES["bft"] = row._replace(token_weight=wrong if fault in ("nan", "zero") else draws)
+    if fault in ("nan", "zero"):
+        bft.OBJECTIVES["bft"] = row._replace(token_weight=wrong)
+    else:
+        bft.OBJECTIVES["bft"] = row._replace(token_weight=draws, needs=("entropy", "ref_logp"))
     train.main()
 
 

@@ -7,13 +7,14 @@ from evaluation_files import log_likelihood, small
 from forked import forked
 from support import ASSETS, ROOT, SMALL, count_compiled_rows, metrics
 
+import data
 import hf
 from data import load_samples
 from runtime import progress
 from runtime.process import UserError
 from tasks.inspect import inspect_item
 from tasks.nll import nll_items
-from tasks.scoring import Request, loglikelihood, micro_batches_of_rank, score, sum_over_ranks
+from tasks.scoring import Request, loglikelihood, micro_batches_of_rank, score, sum_over_ranks, token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,26 @@ def test_scores_do_not_depend_on_the_micro_batch(tokenizer, samples):
     model = small(tokenizer, 0)
     whole, single = (score(model, samples[:40], micro_tokens=m) for m in (100_000, 1))
     np.testing.assert_allclose(whole, single, rtol=1e-5, atol=1e-8)
+
+
+def test_log_probs_of_tokens_are_in_the_order_of_the_samples(tokenizer, samples):
+    """Whichever micro-batches they are read in."""
+    model, some = small(tokenizer, 0), data.Samples()
+    for sample in samples[:30]:
+        some.append(sample.ids.tolist(), sample.response.tolist(), None, sample.line)
+    found = [token_logprobs(model, some, micro_tokens=micro_tokens) for micro_tokens in (100_000, 100, 1)]
+    for logp in found:
+        assert logp.dtype == torch.float32 and logp.device.type == "cpu" and not logp.requires_grad
+        for sample, own in zip(some, logp.split(some.response_lengths.tolist()), strict=True):
+            start = int(sample.response.argmax())
+            assert own.double().sum().item() == pytest.approx(log_likelihood(model, sample.ids.tolist(), start), rel=1e-5)
+            with torch.no_grad():
+                last = model(torch.from_numpy(sample.ids)[None])[0, -2].log_softmax(-1)[sample.ids[-1]]
+            torch.testing.assert_close(own[-1], last, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logp, found[0], rtol=1e-5, atol=1e-5)
+    model.norm.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="no numbers"):
+        token_logprobs(model, some)
 
 
 def test_scoring_can_be_cut_short(tokenizer, samples):
