@@ -767,7 +767,10 @@ class Batch(NamedTuple):
 
     def to(self, device):
         """With its tensors on the device, but for `offsets`; to a GPU from pinned memory, without waiting."""
-        tensors = {name: getattr(self, name) for name in ("input_ids", "at", "targets", "offsets", "ref_logp")}
+        names = ["input_ids", "at", "targets", "offsets"]
+        if len(self.ref_logp) > 0:
+            names.append("ref_logp")
+        tensors = {name: getattr(self, name) for name in names}
         if device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         # These stay, pinned, where their values can be looked at; whoever computes with them moves them.
