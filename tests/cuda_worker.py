@@ -1,5 +1,5 @@
 """Run by test_cuda.py: trains, validates, saves, resumes, evaluates and generates on the device of fake_cuda.py and prints
-{name: what was seen}. Arguments are the names: cases ("gpt2 lora recompute bfloat16"), and faults that are planted."""
+{name: what was seen}. Arguments are the names: cases ("gpt2 lora recompute bfloat16"), "needs", and faults that are planted."""
 
 # ruff: noqa: I001
 import fake_cuda                                                          # before torch
@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import split_worker
 import torch
 from families import GPT2, SIZES
 
@@ -24,6 +25,7 @@ import hf
 import model as model_module
 import train
 from runtime.device import autocast
+from runtime.files import load_safetensors
 from runtime.ranks import Ranks
 from tasks.scoring import Request, loglikelihood, score
 
@@ -36,7 +38,7 @@ STEPS = 2
 SAMPLES = ((40, 20), (7, 3), (61, 33), (25, 24), (12, 1), (50, 8))        # tokens, response tokens
 MICRO_TOKENS = 130
 # What is counted apart. Phases within others are counted there alone.
-PHASES = [(train, "prepare_model"), (train, "resume_from_checkpoint"), (train, "forward_backward"), (bft, "weigh"),
+PHASES = [(train, "prepare_model"), (train, "resume_from_checkpoint"), (train, "with_reference"), (train, "forward_backward"), (bft, "weigh"),
           (bft, "objective_loss"), (train, "sample_statistics"), (train, "clip_gradient"), (train.StepLog, "write"), (train, "validate"),
           (train, "check_numbers"), (train, "save_checkpoint"), (train, "save_result")]
 
@@ -53,7 +55,8 @@ class LivelyGPT(model_module.GPT):
 class Case:
     """A model, and how it is trained."""
 
-    def __init__(self, name):
+    def __init__(self, name, objective="bft"):
+        self.objective = objective
         family, adapters, recompute, self.dtype = name.split()
         self.config = hf.config_from_dict(CONFIGS[family])
         self.lora_rank = 4 if adapters == "lora" else 0
@@ -73,7 +76,7 @@ class Case:
         settings = train.Settings(
             out=str(out), steps=steps, batch_size=len(SAMPLES), micro_tokens=MICRO_TOKENS, group_size=8, lr=1e-3, log_every=STEPS,
             save_every=1, dtype=self.dtype, compile=False, recompute=self.recompute, lora_rank=self.lora_rank)
-        record = train.describe_run(settings, "bft", {}, [self.samples], ranks)
+        record = train.describe_run(settings, self.objective, {}, [self.samples], ranks)
         gradients = {}
         clip_gradient = train.clip_gradient
 
@@ -83,7 +86,7 @@ class Case:
             return clip_gradient(trained, largest)
 
         with patch.object(train, "clip_gradient", clip_and_keep), patch.object(train, "GPT", LivelyGPT):
-            train.train(settings, "bft", out, record, self.config, None, self.samples, self.validation, {}, ranks)
+            train.train(settings, self.objective, out, record, self.config, None, self.samples, self.validation, {}, ranks)
         return gradients, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     def evaluate(self, out, device, phase):
@@ -155,6 +158,17 @@ def kernels_of_a_step(counts):
     return kernels
 
 
+def run_needs(device, name, folder):
+    """A step of an objective that needs all that there is, on the device and on the CPU."""
+    split_worker.add_rows()
+    case = Case("llama all keep float32", "everything")
+    gradients, lines = case.train(folder / "device", "cuda", 1)
+    expected, expected_lines = case.train(folder / "cpu", "cpu", 1)
+    references = [load_safetensors(folder / where / "ref_logp.safetensors")["ref_logp"] for where in ("device", "cpu")]
+    return {"gradient_difference": largest_difference(gradients, expected), "lines": lines, "expected_lines": expected_lines,
+            "reference_difference": float((references[0] - references[1]).abs().max())}
+
+
 def run_fault(device, name, folder):
     """One step with a fault in the program."""
     case = Case("llama all keep bfloat16")
@@ -183,8 +197,8 @@ def item_in_the_step():
 def int64_offsets():
     init = model_module.Packing.__init__
 
-    def longer(packing, *args):
-        init(packing, *args)
+    def longer(packing, *args, **options):
+        init(packing, *args, **options)
         packing.offsets = packing.offsets.long()
 
     return patch.object(model_module.Packing, "__init__", longer)
@@ -207,7 +221,7 @@ def main(names):
             patches.enter_context(patch.object(owner, name, in_phase(device, name, getattr(owner, name))))
         for name in names:
             device.counts.clear()
-            run = run_fault if name in FAULTS else run_case
+            run = run_needs if name == "needs" else run_fault if name in FAULTS else run_case
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     results[name] = {"error": None, **run(device, name, Path(folder))}

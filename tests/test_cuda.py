@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, TIMINGS
 
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ WAITS_OF_EVALUATION = {"score": 6, "loglikelihood": 6, "generate": 21}
 @pytest.fixture(scope="module")
 def seen():
     """{case or fault: what the worker saw}."""
-    worker = [sys.executable, ROOT / "tests" / "cuda_worker.py", *CASES, *FAULTS]
+    worker = [sys.executable, ROOT / "tests" / "cuda_worker.py", *CASES, "needs", *FAULTS]
     # No GPU that is there may answer in its place.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(worker, env=environment, text=True, capture_output=True, timeout=600)
@@ -119,6 +119,18 @@ def test_evaluation_is_that_of_the_cpu(run):
         np.testing.assert_allclose(answers[what], expected[what], rtol=1e-4 if is_exact else 3e-2)
     if is_exact:
         assert answers["answers"] == expected["answers"]
+
+
+def test_what_else_an_objective_needs_is_there_without_waiting(seen):
+    run = seen["needs"]
+    check_runs(run)
+    check_waits(run)
+    check_copies(run)
+    assert run["gradient_difference"] < 1e-5 and run["reference_difference"] < 1e-5
+    for line, expected in zip(run["lines"], run["expected_lines"], strict=True):
+        assert line.keys() == expected.keys()
+        for key in line.keys() - TIMINGS:
+            assert line[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
 @pytest.mark.parametrize("phase", WAITS_OF_EVALUATION)
