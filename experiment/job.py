@@ -232,7 +232,7 @@ class Job:
     def train_all(self, trainings):
         """Yields the entry of each training in results.json, and prints a line of it."""
         if self.workers > 1 and len(trainings) == 1:
-            # A base by itself. Two threads make the same bits as one; three would not.
+            # A base by itself. In training two threads make the same bits as one; three would not.
             torch.set_num_threads(2)
         for entry in map_in_workers(self.train_and_ask, trainings, self.workers):
             novel, wrong = (np.mean([item[measure] for item in entry["items"] if item["group"] == stratum])
@@ -241,8 +241,6 @@ class Job:
             self.ranks.print(f"seed {entry['seed']}  {label:22s}  novel facts right {novel:4.0%}  "
                              f"wrong labels followed {wrong:4.0%}")
             yield entry
-        if self.workers > 1:
-            torch.set_num_threads(1)
 
     def train_and_ask(self, training):
         """Trains a model, if it is not there yet, and asks it: its entry in results.json."""
@@ -259,6 +257,9 @@ class Job:
                 # It is finished, and the checkpoints of so many would fill a disk.
                 shutil.rmtree(training.out / "checkpoint", ignore_errors=True)
             model = self.load(directory)
+        if self.workers > 1:
+            # Here two threads would make other bits.
+            torch.set_num_threads(1)
         kept = ("line", "group", "acc", "nll", "followed", "planted_nll")
         items = [{key: answer[key] for key in kept if key in answer}
                  for answer in choice_items(model, self.tokenizer, training.questions, self.dtype)]
