@@ -16,7 +16,8 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
     ("attention.py --dtype float32", ["Packing.attend", "length buckets", "padded rows", "block mask"]),
     ("loss.py", 2 * ["bft", "sft", "dft", "bft-v3", "cross-entropy, all logits", "materialised BFT"]),
     ("train.py", ["ours", "transformers", "transformers, by length"]),
-    ("generate.py", 2 * ["ours", "transformers"])])
+    ("generate.py", 2 * ["ours", "transformers"]),
+    ("evaluate.py", 2 * ["ours", "products alone", "lm-eval"])])
 def test_each_prints_its_table(script, rows):
     script, *flags = script.split()
     done = forked(1, BENCH / script, "--dry", *flags, path=())
