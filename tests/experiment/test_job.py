@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from support import ASSETS, ROOT, call, metrics
 
 import train
@@ -30,6 +33,21 @@ def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "BASE", {**job.BASE, "epochs": 0, "steps": 2})
     return tmp_path
+
+
+def test_a_base_by_itself_has_two_threads(monkeypatch):
+    threads, entry = [], {"seed": 0, "lr": 0, "objective": "base", "items": []}
+    here = types.SimpleNamespace(workers=2, ranks=types.SimpleNamespace(print=lambda _: None),
+                                 train_and_ask=lambda _: threads.append(torch.get_num_threads()) or entry)
+    monkeypatch.setattr(np, "mean", lambda values: 0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert list(job.Job.train_all(here, ["base"])) == [entry] and threads == [2] and torch.get_num_threads() == 1
+        here.workers = 1                                                  # a machine of one core, or one of several ranks
+        assert list(job.Job.train_all(here, ["base"])) == [entry] and threads == [2, 1]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Log-likelihoods against direct calculations, and what the ranks do of them."""
 
+import re
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +15,10 @@ import hf
 from data import load_samples
 from runtime import progress
 from runtime.process import UserError
+from tasks import scoring, writing
 from tasks.inspect import inspect_item
 from tasks.nll import nll_items
-from tasks.scoring import Request, loglikelihood, micro_batches_of_rank, score, sum_over_ranks, token_logprobs
+from tasks.scoring import Request, as_device_likes, loglikelihood, micro_batches_of_rank, score, sum_over_ranks, token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,16 @@ def test_log_probs_of_tokens_are_in_the_order_of_the_samples(tokenizer, samples)
     model.norm.weight.data[0] = torch.nan
     with pytest.raises(UserError, match="no numbers"):
         token_logprobs(model, some)
+
+
+def test_a_cpu_reads_few_tokens_at_a_time(tokenizer, samples):
+    """Whatever was asked for, but for a sample that is longer."""
+    model, read = small(tokenizer, 0), []
+    model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[1]))
+    score(model, samples[:100])
+    loglikelihood(model, [Request(list(range(n, 2 * n)), [n]) for n in range(250, 270)] + [Request([5] * 1500, [6])])
+    assert max(map(sum, read)) == 1500 and sorted(map(sum, read))[-2] <= 1024 and sorted(map(sum, read))[-3] > 900
+    assert as_device_likes(8192, torch.device("cuda")) == 8192 and as_device_likes(100, torch.device("cpu")) == 100
 
 
 def test_scoring_can_be_cut_short(tokenizer, samples):
@@ -150,6 +164,18 @@ def test_long_work_says_on_stderr_how_long_it_will_take(monkeypatch, capsys):
     assert len(lines) == 10 and lines[0] == "m: nll: 1 of 11 parts, 10 min left"
     clock.work(4000, 3)
     assert capsys.readouterr().err.splitlines()[0] == "m: nll: 1 of 3 parts, 2.2 h left"
+
+
+def test_embeddings_say_how_far_they_have_come(tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    monkeypatch.setattr(scoring, "CPU_MICRO_TOKENS", 10)
+    monkeypatch.setattr(writing, "ENCODED", 2)
+    writing.embed_self(small(tokenizer, 0), tokenizer, ["one two three four"] * 9, label="m: profile")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) > 2 and all(re.match(r"m: profile: \d of \d parts", line) for line in said)
+    encoder = types.SimpleNamespace(encode=lambda texts, **_: np.array([[len(text)] for text in texts]))
+    assert writing.encode(encoder, 1, "e: embeddings", ["a", "", "bb", "ccc", " ", "dddd", "eeeee"]).T.tolist() == [[1, 0, 2, 3, 0, 4, 5]]
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["e: embeddings: 1 of 3 parts", "e: embeddings: 2 of 3 parts"]
 
 
 def test_short_work_other_ranks_and_training_are_silent(monkeypatch, capsys):
