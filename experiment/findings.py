@@ -50,6 +50,9 @@ class Prediction(NamedTuple):
 
 
 WEIGHTED = ("bft-token", "bft", "bft-v3")
+# Those of variants/ that push a token the less the less probable it is.
+VANISHING = ("dft", "power-0.5", "power-2", "power-10", "only-top", "only-top-p", "profit", "infosft", "deft", "asft",
+             "bft-gamma-0.5", "bft-gamma-2")
 PREDICTIONS = (
     Prediction("Over the learning rates bft-token, bft and bft-v3 learn fewer novel facts than sft.",
                WEIGHTED, NOVEL, "rates"),
@@ -61,6 +64,14 @@ PREDICTIONS = (
                WEIGHTED, FOLLOWED, "frontier"),
     Prediction("sft-sample stays within 5 points of sft's frontier, since answers are of much the same length.",
                ("sft-sample",), FOLLOWED, "frontier", near=True),
+    Prediction("Over the learning rates the relatives whose weight vanishes with p learn fewer novel facts than sft.",
+               VANISHING, NOVEL, "rates"),
+    Prediction("At equal novel accuracy these, too, follow fewer wrong labels.", VANISHING, FOLLOWED, "frontier"),
+    Prediction("At equal novel accuracy these, too, lose less of the held-out facts.", VANISHING, LOST, "frontier"),
+    Prediction("eaft, which pushes where the base hesitates, follows fewer wrong labels at equal novel accuracy: the "
+               "base is sure there.", ("eaft",), FOLLOWED, "frontier"),
+    Prediction("iw-sft stays within 5 points of sft's frontier, since all answers are learnt at much the same pace.",
+               ("iw-sft",), FOLLOWED, "frontier", near=True),
 )
 
 
@@ -181,7 +192,8 @@ def compare_frontiers(curves, names, key):
         gaps = []
         for y_key in (FOLLOWED, LOST):
             curves_of_seeds = zip(x, curves[name][y_key], other_x, reference[y_key])
-            gaps.append(judge_gap([frontier_gap(*of_seed) for of_seed in curves_of_seeds]))
+            gaps_of_seeds = [frontier_gap(*of_seed) for of_seed in curves_of_seeds]
+            gaps.append(judge_gap(gaps_of_seeds, len(names) - 1))
         # As far as `frontier_gap` goes, in the mean.
         end = start + 0.9 * sign * (tops - x[:, 0]).mean()
         comparisons[name] = Comparison(start, end, *gaps)
@@ -200,9 +212,10 @@ def frontier_gap(x, y, other_x, other_y):
     return float(np.mean(gaps))
 
 
-def judge_gap(gaps):
-    """From those of each seed: "no gap", "cannot tell", "better" or "worse". Two seeds are too few for a verdict."""
-    estimate = estimate_over_seeds(gaps)
+def judge_gap(gaps, comparisons=1):
+    """From those of each seed: "no gap", "cannot tell", "better" or "worse". Two seeds are too few for a verdict.
+    comparisons: see `seed_interval`."""
+    estimate = estimate_over_seeds(gaps, comparisons)
     if math.isnan(estimate.mean):
         verdict = "no gap"
     elif len(gaps) < 3 or estimate.low <= 0 <= estimate.high:
@@ -267,8 +280,8 @@ def read_off(results, curves, analysis, positions):
     return {"lr": rates, "scores": scores, "differences": differences}
 
 
-def estimate_over_seeds(values):
-    return Estimate(*seed_interval(values))
+def estimate_over_seeds(values, comparisons=1):
+    return Estimate(*seed_interval(values, comparisons=comparisons))
 
 
 def estimate_share(values, items):
@@ -295,16 +308,22 @@ def judge_all(curves, analysis):
     if len(analysis["seeds"]) < 3 or names[0] != "sft":
         return []
     judged = []
-    for prediction in PREDICTIONS:
+    for prediction in predictions_of(names):
         trained = [name for name in prediction.objectives if name in names]
         judged.append((prediction, {name: judge_prediction(prediction, name, curves, analysis) for name in trained}))
     return judged
 
 
+def predictions_of(objectives):
+    """Those of PREDICTIONS that are about some of these objectives."""
+    return [prediction for prediction in PREDICTIONS if set(prediction.objectives) & set(objectives)]
+
+
 def judge_prediction(prediction, name, curves, analysis):
     """"held", "failed", "open" (the interval allows both) or "no gap"."""
     if prediction.where == "frontier":
-        estimate = analysis["frontiers"][NOVEL]["comparisons"][name].followed.estimate
+        comparison = analysis["frontiers"][NOVEL]["comparisons"][name]
+        estimate = (comparison.followed if prediction.key == FOLLOWED else comparison.lost).estimate
     else:
         more = curves[name][prediction.key] - curves["sft"][prediction.key]   # (seeds, 1 + rates)
         estimate = estimate_over_seeds(more[:, 1:].mean(1))

@@ -31,6 +31,8 @@ LOOKS = {
     "bft-sample": Look("#56B4E9", "X"),
     "bft-tokavg": Look("#E69F00", "p"),
 }
+# Of those that a variant adds, in one panel.
+UNKNOWN = (Look("#0072B2", "^"), Look("#CC79A7", "P"), Look("#E69F00", "v"))
 
 
 def plot(paths, out):
@@ -99,26 +101,56 @@ def damage_reported(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # The default job
 
+MOST_IN_ONE = 8                 # curves; more are dealt to several panels ...
+EVERYWHERE = ("sft", "bft")     # ... each of which has these, and so many others
+OTHERS_IN_ONE = 3
+
+
 def draw_frontier(plt, results):
     """Novel facts learned against wrong labels followed, and against accuracy lost: a curve for each objective from the
     base over its learning rates, the mean over seeds; a small mark for each seed."""
     curves = rate_curves(results)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    draw_frontier_on(axes[0], curves, FOLLOWED, "planted wrong labels followed, %")
-    draw_frontier_on(axes[1], curves, LOST, "held-out accuracy lost, points")
+    groups = panels_of(list(curves))
+    if len(groups) == 1:
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+        axes = axes[:, None]                                              # (2, 1): what is followed, what is lost
+    else:
+        figure, axes = plt.subplots(2, len(groups), figsize=(3.6 * len(groups), 8), layout="constrained", sharex=True,
+                                    sharey="row")
+    for column, group in zip(axes.T, groups):
+        shown = {name: curves[name] for name in group}
+        draw_frontier_on(column[0], shown, FOLLOWED)
+        draw_frontier_on(column[1], shown, LOST)
+    axes[0, 0].set_ylabel("planted wrong labels followed, %")
+    axes[1, 0].set_ylabel("held-out accuracy lost, points")
     rates = [f"{lr:g}" for lr in results["lrs"]]
-    lines = [", ".join(rates[i:i + 3]) for i in range(0, len(rates), 3)]
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False,
-                  title="From the base through\nlearning rates\n" + ",\n".join(lines))
+    if len(groups) == 1:
+        lines = [", ".join(rates[i:i + 3]) for i in range(0, len(rates), 3)]
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False,
+                      title="From the base through\nlearning rates\n" + ",\n".join(lines))
+    else:
+        for ax in axes[0]:
+            ax.legend(fontsize="small")
     seeds = len(results["seeds"])
-    shown = f"Means over {seeds} seeds; small marks are seeds" if seeds > 1 else "One seed"
-    figure.suptitle(f"Further right and further down is better. {shown}")
+    marks = f"Means over {seeds} seeds; small marks are seeds" if seeds > 1 else "One seed"
+    through = f". From the base through learning rates {', '.join(rates)}" if len(groups) > 1 else ""
+    figure.suptitle(f"Further right and further down is better. {marks}{through}")
     return figure
 
 
-def draw_frontier_on(ax, curves, key, label):
+def panels_of(names):
+    """The objectives of each panel: few enough to be told apart."""
+    if len(names) <= MOST_IN_ONE:
+        return [names]
+    everywhere = [name for name in names if name in EVERYWHERE]
+    others = [name for name in names if name not in EVERYWHERE]
+    return [everywhere + others[i:i + OTHERS_IN_ONE] for i in range(0, len(others), OTHERS_IN_ONE)]
+
+
+def draw_frontier_on(ax, curves, key):
+    unknown = iter(UNKNOWN)
     for name, measured in curves.items():
-        look = LOOKS.get(name, Look())
+        look = LOOKS[name] if name in LOOKS else next(unknown, Look())
         x = 100 * measured[NOVEL]                                         # (seeds, 1 + learning rates)
         y = 100 * measured[key]
         line, = ax.plot(x.mean(0), y.mean(0), color=look.colour, marker=look.marker, label=name, zorder=3)
@@ -126,7 +158,7 @@ def draw_frontier_on(ax, curves, key, label):
     # Every curve starts at the base.
     ax.plot(x[:, 0].mean(), y[:, 0].mean(), "*", color="gold", markeredgecolor="black", markersize=16, zorder=4,
             label="base")
-    ax.set(xlabel="novel facts right, % (chance 25)", ylabel=label)
+    ax.set_xlabel("novel facts right, % (chance 25)")
     ax.grid(alpha=0.3)
 
 

@@ -4,7 +4,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-from experiment.findings import FOLLOWED, HELD_OUT, LOST, NLLS, NOVEL, NOVEL_NLL, PREDICTIONS, SHARES
+from experiment.findings import FOLLOWED, HELD_OUT, LOST, NLLS, NOVEL, NOVEL_NLL, SHARES, predictions_of
 
 
 INTRODUCTION = """\
@@ -26,7 +26,7 @@ def introduce(objectives, seeds, learning_rates):
     """What is said before anything is trained."""
     losses, rates, bases = len(objectives), len(learning_rates), len(seeds)
     setting = INTRODUCTION.format(losses=losses, rates=rates, bases=bases, trainings=losses * rates * bases)
-    return setting + "\n".join(f"- {prediction.text}" for prediction in PREDICTIONS)
+    return setting + "\n".join(f"- {prediction.text}" for prediction in predictions_of(objectives))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +176,8 @@ def render_frontiers(analysis, key):
     reach = {name: number(value * scale, digits) + unit for name, value in frontiers["reach"].items()}
     wide = label_width(analysis)
     lines = ["", f"Does it leave {reference}'s frontier? Points more or fewer at equal {what},",
-             f"read off straight lines between the rates; {reference} reaches {reach[reference]}",
+             f"read off straight lines between the rates; {reference} reaches {reach[reference]}. Each column's "
+             f"{len(others)} interval(s) hold at once (Bonferroni).",
              f"{'':{wide}s}    compared  reaches{'wrong labels followed':>36s}{'held-out accuracy lost':>36s}"]
     for name in others:
         comparison = frontiers["comparisons"][name]
@@ -263,5 +264,5 @@ def render_predictions(analysis):
     for prediction, outcomes in analysis["predictions"]:
         words = [f"{name} {outcome.verdict} ({with_interval(outcome.estimate, 100, 0, '+')})"
                  for name, outcome in outcomes.items()]
-        lines += [f"- {prediction.text}", "  " + ("; ".join(words) or "not trained")]
+        lines += [f"- {prediction.text}", "  " + "; ".join(words)]
     return lines

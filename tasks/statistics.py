@@ -192,22 +192,20 @@ def wilson(p, n, z=1.959964):
 # ---------------------------------------------------------------------------------------------------------------------
 # Over seeds
 
-# 97.5% quantiles of Student's t, 1 to 10 degrees of freedom.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+def t_quantile(freedom, tail=0.025):
+    """What Student's t exceeds with probability `tail`. With t = sqrt(freedom) tan(angle), the angle's density is
+    cos(angle) to the power of freedom - 1, which can be added up."""
+    edges = np.linspace(-math.pi / 2, math.pi / 2, 20_001)
+    middles = (edges[1:] + edges[:-1]) / 2
+    below = np.cumsum(np.cos(middles) ** (freedom - 1))
+    angle = np.interp(1 - tail, below / below[-1], edges[1:])
+    return math.sqrt(freedom) * math.tan(angle)
 
 
-def t_quantile(freedom):
-    """97.5% quantile of Student's t, by Cornish and Fisher's expansion from 10 degrees of freedom on."""
-    if freedom < 10:
-        # Between whole ones at most 3% too large.
-        return math.exp(np.interp(-1 / freedom, [-1 / whole for whole in range(1, 11)], np.log(T975)))
-    z = 1.959964
-    return z + (z ** 3 + z) / (4 * freedom) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)
-
-
-def seed_interval(values, other=None):
+def seed_interval(values, other=None, comparisons=1):
     """(mean, low, high) of values (S,), one of each seed: the mean and its 95% t interval over trainings, which has no
-    bounds for one seed. With others, (S',): of the difference of the means, by Welch's t."""
+    bounds for one seed. With others, (S',): of the difference of the means, by Welch's t. comparisons: of how many such
+    intervals all are to be right at once, with 95% (Bonferroni)."""
     mean = float(np.mean(values))
     both = [values]
     if other is not None:
@@ -221,5 +219,5 @@ def seed_interval(values, other=None):
     freedom = freedoms[0]
     if total > 0:
         freedom = total ** 2 / sum(v ** 2 / f for v, f in zip(variances, freedoms))
-    half = t_quantile(freedom) * math.sqrt(total)
+    half = t_quantile(freedom, 0.025 / comparisons) * math.sqrt(total)
     return mean, mean - half, mean + half
