@@ -1,5 +1,5 @@
-"""The head, from hidden states to their gradient: our chunked log-probs under four objectives beside two that hold all
-logits.
+"""The head, from hidden states to their gradient: our chunked log-probs under four objectives, and with what a row may
+need of the model's distribution, beside two that hold all logits.
 
     python bench/loss.py                     # the table of bench/RESULTS.md; a GPU is used where there is one
     python bench/loss.py --dry               # the same on tiny sizes, to see that it runs
@@ -26,13 +26,14 @@ from model import linear_logprobs  # noqa: E402
 from runtime.device import autocast  # noqa: E402
 
 
-def ours(objective, labels):
+def ours(objective, labels, looks=None):
     targets = labels[:, 1:]
     at = F.pad(targets != -100, (0, 1)).flatten().nonzero()[:, 0]         # `data.collate` knows it ahead of the step
     targets, offsets = targets[targets != -100], F.pad((targets != -100).sum(1).cumsum(0), (1, 0)).cpu()
 
     def loss(hidden, weight):
-        logp = linear_logprobs(hidden.flatten(0, 1).index_select(0, at), weight, targets)   # (N,)
+        found = linear_logprobs(hidden.flatten(0, 1).index_select(0, at), weight, targets, looks)
+        logp = found[0] if looks else found                               # (N,)
         return bft.objective_loss(logp, offsets, objective)
     return loss
 
@@ -79,8 +80,11 @@ def main():
             weight = torch.randn(V, args.width, device=device) * 0.05
             labels = torch.randint(V, hidden.shape[:2], device=device)
             labels[:, :int(0.3 * labels.shape[1])] = -100
+            chunked = {objective: ours(objective, labels) for objective in ("bft", "sft", "dft", "bft-v3")}
+            for name, look in bft.DISTRIBUTION.items():
+                chunked[f"bft and {name}"] = ours("bft", labels, {name: look})
             alternatives = {
-                **{objective: ours(objective, labels) for objective in ("bft", "sft", "dft", "bft-v3")},
+                **chunked,
                 "cross-entropy, all logits": lambda h, w, y=labels: cross_entropy(F.linear(h, w), y),
                 "materialised BFT": lambda h, w, y=labels: materialised_bft(F.linear(h, w), y)}
             need = 18 * N * V                                             # bytes: bf16 logits, four times float32
@@ -92,7 +96,7 @@ def main():
                 value.backward()
 
             runs = {name: lambda loss=loss: step(loss) for name, loss in alternatives.items()
-                    if need < 0.7 * room or name in bft.OBJECTIVES}
+                    if need < 0.7 * room or name in chunked}
             result = interleave(runs, args.repeats, device)
             print_rows(f"V = {V}, N = {N}", result)
             if len(result) < len(alternatives):

@@ -14,7 +14,8 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 @pytest.mark.parametrize("script,rows", [
     # Attention in bfloat16 takes a CPU long.
     ("attention.py --dtype float32", ["Packing.attend", "length buckets", "padded rows", "block mask"]),
-    ("loss.py", 2 * ["bft", "sft", "dft", "bft-v3", "cross-entropy, all logits", "materialised BFT"]),
+    ("loss.py", 2 * ["bft", "sft", "dft", "bft-v3", "bft and entropy", "bft and collision", "bft and top20_entropy",
+                     "cross-entropy, all logits", "materialised BFT"]),
     ("train.py", ["ours", "transformers", "transformers, by length"]),
     ("generate.py", 2 * ["ours", "transformers"]),
     ("evaluate.py", 2 * ["ours", "products alone", "lm-eval"])])
