@@ -255,7 +255,7 @@ def what_is_wrong_with_arguments(parser, arguments):
         return None
     arguments = ["0" if word.startswith("$") else word for word in arguments]
     # Whose rows --objective may name.
-    load_variants([str(ROOT / word) for word in arguments if is_variant(word)])
+    load_variants([str(path) for word in arguments if word.startswith("variants/") for path in ROOT.glob(word)])
     try:
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             parser.parse_args(arguments)

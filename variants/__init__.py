@@ -6,12 +6,11 @@
 A file adds rows to `bft.OBJECTIVES`; docs/forking.md shows how one is written, docs/variants.md what there is.
 """
 
-import importlib.util
 import os
 import re
 import sys
 import traceback
-from importlib.machinery import SourceFileLoader
+import types
 from pathlib import Path
 
 import bft
@@ -38,18 +37,12 @@ def variant_of(objective):
     return (FILES[objective],) if objective in FILES else ()
 
 
-class AsItIs(SourceFileLoader):
-    """Runs a file as it is now. Python would keep its bytecode beside it, and take that for the one of a later content
-    of the same size and second."""
-
-    def get_code(self, name):
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
 def load_variants(paths):
     """Reads files that add rows to `bft.OBJECTIVES`, each once. Raises UserError."""
     for path in paths:
-        if os.path.realpath(path) not in map(os.path.realpath, FILES.values()):
+        is_known = os.path.realpath(path) in map(os.path.realpath, FILES.values())
+        # variants/*.py names this file, too.
+        if not is_known and Path(path).name != "__init__.py":
             load_variant(path)
 
 
@@ -57,12 +50,12 @@ def load_variant(path):
     if Path(path).suffix != ".py" or not Path(path).is_file():
         raise UserError(f"--variant {path}: expected a Python file, NAME.py")
     before = dict(bft.OBJECTIVES)
-    name = f"variant {Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, path, loader=AsItIs(name, path))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    module = types.ModuleType(f"variant {Path(path).stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module
     try:
-        spec.loader.exec_module(module)
+        # Not by an import, which might take the bytecode of an earlier content.
+        exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))
     except (Exception, SystemExit) as e:
         raise UserError(f"--variant {path}{line_of(e, path)}: {type(e).__name__}: {e}") from None
     changed = [name for name, row in before.items() if bft.OBJECTIVES.get(name) is not row]
