@@ -10,7 +10,6 @@ Reads top to bottom in the order in which it runs: settings, the command, the lo
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import math
 import random
@@ -33,7 +32,7 @@ from experiment import job as default_job
 from model import GPT
 from runtime.checkpoint import not_finite, resume_from_checkpoint, save_checkpoint
 from runtime.device import autocast, compute_dtype, memory_bytes, peak_memory_gb
-from runtime.files import load_safetensors, save_safetensors, write_whole
+from runtime.files import write_whole
 from runtime.flags import add_flags, check_bounds, flag, spelled
 from runtime.log import append_metrics
 from runtime.node import once_a_node
@@ -43,7 +42,8 @@ from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
 from runtime.run_directory import begin, check_out, check_unchanged, describe, is_finished, tokens_sha256
 from runtime.sharding import SHARDS, draw_parameters, exchange, gather_whole, is_sharded, ranks_per_copy, shard
-from tasks.scoring import score, token_logprobs
+from tasks.reference import with_reference
+from tasks.scoring import score
 from variants import load_variants, variant_of, variants_in
 
 
@@ -403,32 +403,6 @@ def prepare_model(config, start, settings, dtype, ranks):
     draw_parameters(model, ranks.device)                                  # all of them, or adapters
     model.recompute = settings.recompute
     return model
-
-
-def with_reference(out, run_id, model, samples, first_step, dtype, ranks):
-    """The samples with log p_t under the weights that the run starts from. These numbers are computed when it begins,
-    by a forward pass over all samples, and kept in `out`. Raises UserError."""
-    path = out / "ref_logp.safetensors"
-    if first_step == 0:
-        logp = token_logprobs(model, samples, dtype, label=f"{out}: log p_t before training")   # (N,)
-        if ranks.rank == 0:
-            save_safetensors({"ref_logp": logp, "seal": seal(logp, run_id)}, path)
-        ranks.barrier()
-        return samples.with_reference(logp.numpy())
-    try:
-        kept = load_safetensors(path)
-        is_whole = torch.equal(kept["seal"], seal(kept["ref_logp"], run_id))
-    except (OSError, ValueError, KeyError, TypeError):
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"{path} is not what this run began with; expected that, or --no-resume")
-    return samples.with_reference(kept["ref_logp"].numpy())
-
-
-def seal(t, run_id):
-    """The digest of a tensor of a run, (32,) uint8."""
-    digest = hashlib.sha256(run_id.encode() + t.numpy().tobytes()).digest()
-    return torch.tensor(list(digest), dtype=torch.uint8)
 
 
 def model_on_meta(config, settings, dtype):

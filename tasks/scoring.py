@@ -46,25 +46,6 @@ def score(model, samples, dtype=torch.float32, micro_tokens=MICRO_TOKENS, group_
     return sum_over_ranks(table)
 
 
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")
-def token_logprobs(model, samples, dtype=torch.float32, micro_tokens=MICRO_TOKENS, label=None):
-    """log p of every response token, sample after sample: (N,) float32 on the CPU. samples: data.Samples. label: see
-    `with_progress`. Raises UserError for a model that gives NaN."""
-    device = next(model.parameters()).device
-    counts = samples.response_lengths.tolist()
-    ends = list(itertools.accumulate(counts))
-    table = torch.zeros(sum(counts), device=device)                                             # (N,)
-    my_micro_batches = micro_batches_of_rank(samples.lengths.tolist(), as_device_likes(micro_tokens, device))
-    for micro_batch in with_progress(my_micro_batches, label):
-        batch = collate([samples[i] for i in micro_batch]).to(device)
-        with autocast(device, dtype):
-            logp = model(batch.input_ids, batch.lengths, batch.at, batch.targets)
-        for i, own in zip(micro_batch, logp.split([counts[i] for i in micro_batch])):
-            table[ends[i] - counts[i]:ends[i]] = own
-    return torch.from_numpy(sum_over_ranks(table))
-
-
 class Request(NamedTuple):
     """A text whose end is scored."""
     context: list                    # ids
