@@ -176,9 +176,10 @@ def render_frontiers(analysis, key):
     reach = {name: number(value * scale, digits) + unit for name, value in frontiers["reach"].items()}
     wide = label_width(analysis)
     lines = ["", f"Does it leave {reference}'s frontier? Points more or fewer at equal {what},",
-             f"read off straight lines between the rates; {reference} reaches {reach[reference]}. Each column's "
-             f"{len(others)} interval(s) hold at once (Bonferroni).",
-             f"{'':{wide}s}    compared  reaches{'wrong labels followed':>36s}{'held-out accuracy lost':>36s}"]
+             f"read off straight lines between the rates; {reference} reaches {reach[reference]}"]
+    if len(others) > 1:
+        lines.append(f"The {len(others)} intervals of a column hold at once, with 95% (Bonferroni)")
+    lines.append(f"{'':{wide}s}    compared  reaches{'wrong labels followed':>36s}{'held-out accuracy lost':>36s}")
     for name in others:
         comparison = frontiers["comparisons"][name]
         start, end = (number(value * scale, digits) for value in (comparison.start, comparison.end))
