@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -166,9 +167,13 @@ def draw_gradient(plt, gradient):
     """|d loss / d logit| of each token against its p, measured; lines are the theory."""
     values = {key: np.array(column) for key, column in gradient.items()}
     names = [key for key in values if key not in ("p", "C")]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.3 * len(names), 3.6), layout="constrained", squeeze=False,
+    columns = len(names) if len(names) <= MOST_IN_ONE else 6
+    rows = math.ceil(len(names) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 3.6 * rows), layout="constrained", squeeze=False,
                                 sharey=True)
-    for ax, name in zip(axes[0], names):
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, names):
         draw_theory_on(ax, name, values["C"])
         dots = ax.scatter(values["p"], values[name], s=3, c=values["C"], cmap="viridis", vmin=0, vmax=1, linewidth=0,
                           zorder=3, rasterized=True)
@@ -176,7 +181,8 @@ def draw_gradient(plt, gradient):
         ax.grid(alpha=0.3)
         if name in THEORY:
             ax.legend(fontsize="small")
-    axes[0, 0].set_ylabel("|d loss / d logit| x n_b")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("|d loss / d logit| x n_b")
     figure.colorbar(dots, label="C of its sample")
     return figure
 

@@ -234,20 +234,17 @@ def heading_of(key):
     return f"held-out {stratum.split(',')[0]}" if stratum in HELD_OUT else stratum
 
 
+PUSHES_IN_A_LINE = 5
+
+
 def render_gradient(gradient):
     """What `gradient.analyse_gradient` returns, by bucket of p; bft's also by thirds of C."""
     names = gradient["objectives"]
-    widths = {name: max(20, len(name) + 1) for name in names}
     lines = ["", "GRADIENT: |d loss / d logit| of a response token, times n_b: measured (theory) share of all,",
              f"at the first base, {gradient['tokens']} tokens.",
-             "Within a sample sft-sample pushes as sft does, bft-token as dft, bft-tokavg as bft.",
-             "p".ljust(12) + "tokens".rjust(7) + "".join(name.rjust(widths[name]) for name in names)]
-    for bucket in gradient["buckets"]:
-        line = f"{bucket.low:g} to {bucket.high:g}".ljust(12) + f"{bucket.share:7.1%}"
-        for name, push in bucket.pushes.items():
-            theory = "" if push.theory is None else f" ({push.theory:.3f})"
-            line += f"{push.measured:.3f}{theory}{push.share:5.0%}".rjust(widths[name])
-        lines.append(line)
+             "Within a sample sft-sample pushes as sft does, bft-token as dft, bft-tokavg as bft."]
+    for first in range(0, len(names), PUSHES_IN_A_LINE):
+        lines += render_pushes(gradient["buckets"], names[first:first + PUSHES_IN_A_LINE])
     if "bft" in names:
         thirds = [f"C {low:.3f} to {high:.3f}" for low, high in itertools.pairwise(gradient["C_edges"])]
         lines += ["bft, by its sample's minimum group confidence C as well: measured (theory)",
@@ -255,6 +252,21 @@ def render_gradient(gradient):
         for bucket in gradient["buckets"]:
             cells = ["-" if push is None else f"{push.measured:.4f} ({push.theory:.4f})" for push in bucket.bft_by_C]
             lines.append(f"{bucket.low:g} to {bucket.high:g}".ljust(12) + columns(cells, 22))
+    return lines
+
+
+def render_pushes(buckets, names):
+    """A line for each bucket of p, a column for each of these objectives."""
+    widths = {name: max(20, len(name) + 1) for name in names}
+    lines = ["p".ljust(12) + "tokens".rjust(7) + "".join(name.rjust(widths[name]) for name in names)]
+    for bucket in buckets:
+        line = f"{bucket.low:g} to {bucket.high:g}".ljust(12) + f"{bucket.share:7.1%}"
+        for name in names:
+            if name in bucket.pushes:
+                push = bucket.pushes[name]
+                theory = "" if push.theory is None else f" ({push.theory:.3f})"
+                line += f"{push.measured:.3f}{theory}{push.share:5.0%}".rjust(widths[name])
+        lines.append(line)
     return lines
 
 
