@@ -41,14 +41,14 @@ def seal(t, run_id):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def token_logprobs(model, samples, dtype=torch.float32, label=None):
+def token_logprobs(model, samples, dtype=torch.float32, micro_tokens=MICRO_TOKENS, label=None):
     """log p of every response token, sample after sample: (N,) float32 on the CPU. samples: data.Samples. label: see
     `with_progress`. Raises UserError for a model that gives NaN."""
     device = next(model.parameters()).device
     counts = samples.response_lengths.tolist()
     ends = list(itertools.accumulate(counts))
     table = torch.zeros(sum(counts), device=device)                                             # (N,)
-    my_micro_batches = micro_batches_of_rank(samples.lengths.tolist(), as_device_likes(MICRO_TOKENS, device))
+    my_micro_batches = micro_batches_of_rank(samples.lengths.tolist(), as_device_likes(micro_tokens, device))
     for micro_batch in with_progress(my_micro_batches, label):
         batch = collate([samples[i] for i in micro_batch]).to(device)
         with autocast(device, dtype):

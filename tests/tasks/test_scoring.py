@@ -18,7 +18,8 @@ from runtime.process import UserError
 from tasks import scoring, writing
 from tasks.inspect import inspect_item
 from tasks.nll import nll_items
-from tasks.scoring import Request, as_device_likes, loglikelihood, micro_batches_of_rank, score, sum_over_ranks, token_logprobs
+from tasks.reference import token_logprobs
+from tasks.scoring import Request, as_device_likes, loglikelihood, micro_batches_of_rank, score, sum_over_ranks
 
 
 @pytest.fixture(scope="module")
