@@ -115,7 +115,7 @@ class Objective(NamedTuple):
     token_weight: Callable                                            # Tokens -> (N,)  w_t
     sample_weight: Callable                                           # Tokens -> (S,)  s_b
     average: str                                                      # "tokens" or "samples"
-    needs: tuple = ()                                                 # names of what Tokens.extra has for it
+    needs: tuple = ()                                                 # keys of DISTRIBUTION, or "ref_logp"
 
 
 OBJECTIVES = {
@@ -130,35 +130,6 @@ OBJECTIVES = {
     "bft-sample": Objective(every_token_1,        group_difficulty,  "samples"),
     "bft-tokavg": Objective(token_probability,    group_difficulty,  "tokens"),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a row may need beside p_t. These are functions of the model's whole distribution at a token: (n, V) log-probs,
-# float32 or more -> (n,). Where logits are, they are computed with them; a row that needs none costs nothing. There is
-# one more, `ref_logp`: log p_t under the weights that the training started from.
-
-def entropy(log_p):
-    """H = -sum_v p_v log p_v, in nats."""
-    return torch.special.entr(log_p.exp()).sum(-1)
-
-
-def collision(log_p):
-    """sum_v p_v^2, the probability that two draws are the same token."""
-    return log_p.exp().square().sum(-1)
-
-
-def top20_entropy(log_p):
-    """The entropy of the 20 likeliest tokens, their probabilities divided by their sum."""
-    top = log_p.topk(min(20, log_p.shape[-1])).values                 # (n, 20)
-    return entropy(top.log_softmax(-1))
-
-
-DISTRIBUTION = {"entropy": entropy, "collision": collision, "top20_entropy": top20_entropy}
-
-
-def distribution_needs(objective):
-    """{name: function} of DISTRIBUTION that an objective needs. Raises ValueError for an unknown objective."""
-    return {name: DISTRIBUTION[name] for name in _row(objective).needs if name in DISTRIBUTION}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +156,11 @@ def weigh(logp, offsets, objective="bft", group_size=256, extra=None):
     logp, offsets = logp.detach().double(), offsets.to(logp.device, non_blocking=True)
     _, number = _samples(logp, offsets)
     tokens = Tokens(logp, offsets, group_size, needed)
-    return Weights(row.token_weight(tokens).double(), row.sample_weight(tokens).double(), number, offsets)
+    token_weight, sample_weight = row.token_weight(tokens), row.sample_weight(tokens)
+    if token_weight.shape != logp.shape or len(sample_weight.shape) != 1 or len(sample_weight) != len(offsets) - 1:
+        raise ValueError(f"the weights of {objective!r} must be (N,) = {tuple(logp.shape)} and (S,) = "
+                         f"({len(offsets) - 1},); they are {tuple(token_weight.shape)} and {tuple(sample_weight.shape)}")
+    return Weights(token_weight.double(), sample_weight.double(), number, offsets)
 
 
 def token_weights(logp, offsets, objective="bft", group_size=256, extra=None):
@@ -258,11 +233,42 @@ def loss_from_logits(logits, labels, objective="bft", group_size=256, denominato
     logits = logits[:, :-1][response].to(_precision(logits))          # (N, V) row by row: the ragged order
     logp = -F.cross_entropy(logits, labels[response], reduction="none")  # (N,)
     offsets = F.pad(response.sum(1).cumsum(0), (1, 0))                # (B+1,)
-    needed = {name: values[:, 1:][response] for name, values in extra.items()}   # (N,) each
-    for name, function in distribution_needs(objective).items():
+    extra = {name: values[:, 1:][response] for name, values in extra.items()}   # (N,) each
+    functions = distribution_needs(objective)
+    if functions:
         with torch.no_grad():
-            needed[name] = function(logits.log_softmax(-1))
-    return objective_loss(logp, offsets, objective, group_size, denominator, needed)
+            log_p = logits.log_softmax(-1)                            # (N, V)
+            extra |= {name: function(log_p) for name, function in functions.items()}
+    return objective_loss(logp, offsets, objective, group_size, denominator, extra)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a row may need beside p_t. These are functions of the model's whole distribution at a token: (n, V) log-probs,
+# float32 or more -> (n,). Where logits are, they are computed with them; a row that needs none costs nothing. There is
+# one more, `ref_logp`: log p_t under the weights that the training started from.
+
+def entropy(log_p):
+    """H = -sum_v p_v log p_v, in nats."""
+    return torch.special.entr(log_p.exp()).sum(-1)
+
+
+def collision(log_p):
+    """sum_v p_v^2, the probability that two draws are the same token."""
+    return log_p.exp().square().sum(-1)
+
+
+def top20_entropy(log_p):
+    """The entropy of the 20 likeliest tokens, their probabilities divided by their sum."""
+    top = log_p.topk(min(20, log_p.shape[-1])).values                 # (n, 20)
+    return entropy(top.log_softmax(-1))
+
+
+DISTRIBUTION = {"entropy": entropy, "collision": collision, "top20_entropy": top20_entropy}
+
+
+def distribution_needs(objective):
+    """{name: function} of DISTRIBUTION that an objective needs. Raises ValueError for an unknown objective."""
+    return {name: DISTRIBUTION[name] for name in _row(objective).needs if name in DISTRIBUTION}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,7 +346,6 @@ def worked_example(names=None):
     log_p = torch.stack((p, (1 - p) / 2, (1 - p) / 2), 1).log()       # (6, 3)
     extra = {name: DISTRIBUTION[name](log_p) for name in needs if name in DISTRIBUTION}
     extra["ref_logp"] = torch.tensor([0.9, 0.6, 0.3, 0.5, 0.3, 0.8], dtype=torch.float64).log()
-    tokens = Tokens(logp.detach(), offsets, g, extra)
     lines = [f"Two samples, of the tokens 1 to 4 and 5 to 6; groups of g = {g}, so that the second is one group.", "",
              f"{'token':24s}" + "".join(f"{t:9d}" for t in range(1, 7))]
 
@@ -349,17 +354,18 @@ def worked_example(names=None):
 
     show("p_t", p)
     show("l_t = -log p_t", -logp)
-    show("C_b", group_confidence(tokens.logp, offsets, g).repeat_interleave(n))
-    show("c_t", local_confidence(tokens.logp, offsets, g))
+    show("C_b", group_confidence(logp, offsets, g).repeat_interleave(n))
+    show("c_t", local_confidence(logp, offsets, g))
     for need in needs:
         show(need, extra[need])
     for name, row in rows.items():
-        loss = objective_loss(logp, offsets, name, g, extra=extra)
+        weights = weigh(logp, offsets, name, g, extra)
+        loss = objective_loss(logp, offsets, name, g, weights=weights)
         gradient, = torch.autograd.grad(loss, logp)                   # d loss / d log p_t
         divisor = "6 tokens" if row.average == "tokens" else "n_b / 2 samples"
         lines += ["", f"{name}: loss {loss:.4f} = sum of s_b w_t l_t / {divisor}"]
-        show("  w_t", row.token_weight(tokens))
-        show("  s_b", row.sample_weight(tokens).repeat_interleave(n))
+        show("  w_t", weights.token)
+        show("  s_b", weights.sample.repeat_interleave(n))
         show("  d loss / d logit", gradient * (1 - p))                # d log p_t / d logit of token t = 1 - p_t
     if any(need in DISTRIBUTION for need in needs):
         lines += ["", "The vocabulary has three tokens here: the two others share 1 - p_t evenly."]

@@ -18,9 +18,11 @@ def no_trace_of_a_command():
     import bft
     # Those of a fixture that came before this one.
     forget_variants()
-    rows = dict(bft.OBJECTIVES)
+    rows, quantities = dict(bft.OBJECTIVES), dict(bft.DISTRIBUTION)
     yield
     os.environ.pop("PYTHONSAFEPATH", None)
     forget_variants()
     bft.OBJECTIVES.clear()
     bft.OBJECTIVES.update(rows)
+    bft.DISTRIBUTION.clear()
+    bft.DISTRIBUTION.update(quantities)

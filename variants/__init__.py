@@ -49,7 +49,7 @@ def load_variants(paths):
 def load_variant(path):
     if Path(path).suffix != ".py" or not Path(path).is_file():
         raise UserError(f"--variant {path}: expected a Python file, NAME.py")
-    before = dict(bft.OBJECTIVES)
+    before = {**bft.OBJECTIVES, **bft.DISTRIBUTION}
     module = types.ModuleType(f"variant {Path(path).stem}")
     module.__file__ = path
     sys.modules[module.__name__] = module
@@ -58,9 +58,10 @@ def load_variant(path):
         exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))
     except (Exception, SystemExit) as e:
         raise UserError(f"--variant {path}{line_of(e, path)}: {type(e).__name__}: {e}") from None
-    changed = [name for name, row in before.items() if bft.OBJECTIVES.get(name) is not row]
+    now = {**bft.OBJECTIVES, **bft.DISTRIBUTION}
+    changed = [name for name in before if now.get(name) is not before[name]]
     if changed:
-        raise UserError(f"--variant {path} changes the row {changed[0]!r}; expected other names, which it adds")
+        raise UserError(f"--variant {path} changes {changed[0]!r}; expected other names, which it adds")
     added = [name for name in bft.OBJECTIVES if name not in before]
     if not added:
         raise UserError(f"--variant {path} adds no row to bft.OBJECTIVES; expected one or several")
@@ -89,3 +90,7 @@ def check_row(path, name, row):
     for need in row.needs:
         if need not in known:
             raise UserError(f"--variant {path}: {name!r} needs {need!r}; expected some of {', '.join(known)}")
+    try:
+        bft.worked_example([name])
+    except Exception as e:
+        raise UserError(f"--variant {path}{line_of(e, path)}: {name!r} of six tokens: {type(e).__name__}: {e}") from None

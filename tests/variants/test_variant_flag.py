@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -129,8 +130,15 @@ MISTAKES = {
     "no rows": ("import bft\n", "--variant case.py adds no row to bft.OBJECTIVES; expected one or several"),
     "empty": ("", "adds no row"),
     "changed": (f'{ADDS}bft.Objective({ONES}, "tokens")\nbft.OBJECTIVES["bft"] = bft.OBJECTIVES["sft"]\n',
-                "--variant case.py changes the row 'bft'; expected other names"),
-    "deleted": ('import bft\ndel bft.OBJECTIVES["dft"]\n', "--variant case.py changes the row 'dft'; expected other names"),
+                "--variant case.py changes 'bft'; expected other names"),
+    "deleted": ('import bft\ndel bft.OBJECTIVES["dft"]\n', "--variant case.py changes 'dft'; expected other names"),
+    "another meaning": (f'{ADDS}bft.Objective({ONES}, "tokens")\nbft.DISTRIBUTION["entropy"] = bft.collision\n', "changes 'entropy'; expected other names"),
+    "a need that is not named": ('import bft\n\n\ndef f(tokens):\n    return tokens.extra["entropy"]\n\n\n'
+                                 'bft.OBJECTIVES["a"] = bft.Objective(f, bft.every_sample_1, "tokens")\n',
+                                 "--variant case.py, line 5: 'a' of six tokens: KeyError: 'entropy'"),
+    "a column": ('import bft\nbft.OBJECTIVES["a"] = bft.Objective(lambda tokens: tokens.logp[:, None], bft.every_sample_1, "tokens")\n',
+                 "'a' of six tokens: ValueError: the weights of 'a' must be (N,) = (6,) and (S,) = (2,); they are (6, 1) and (2,)"),
+    "a weight for each token": ('import bft\nbft.OBJECTIVES["a"] = bft.Objective(bft.every_token_1, bft.every_token_1, "tokens")\n', "they are (6,) and (6,)"),
     "no Objective": (f"{ADDS}lambda tokens: tokens.logp\n", "--variant case.py: 'a' is <function <lambda> at "),
     "a tuple": (f'{ADDS}({ONES}, "tokens", ())\n', "expected bft.Objective(token_weight, sample_weight, 'tokens' or 'samples', needs)"),
     "no average": (f'{ADDS}bft.Objective({ONES}, "token")\n', "average='token', needs=()); expected bft.Objective("),
@@ -143,6 +151,29 @@ MISTAKES = {
                               "--variant case.py: a row is called '../a'; expected letters, digits, '-', '_' and '.'"),
     "a name that is none": (f'import bft\nbft.OBJECTIVES[3] = bft.Objective({ONES}, "tokens")\n', "a row is called 3; expected letters"),
 }
+
+
+def test_a_file_may_add_a_quantity_of_the_distribution(folder, monkeypatch, capsys):
+    """Of every path that has logits."""
+    (folder / "relative.py").write_text("""import math
+
+import bft
+
+
+def relative_entropy(log_p):
+    return bft.entropy(log_p) / math.log(log_p.shape[-1])
+
+
+bft.DISTRIBUTION["relative_entropy"] = relative_entropy
+bft.OBJECTIVES["relative"] = bft.Objective(lambda tokens: tokens.extra["relative_entropy"], bft.every_sample_1, "tokens",
+                                           needs=("relative_entropy",))
+""")
+    assert call(monkeypatch, *ARGV, "--out", "run", "--variant", "relative.py", "--objective", "relative") == 0
+    assert metrics(folder / "run")[0]["token_weight"] == pytest.approx(1, rel=0.02)   # random weights
+    variants.load_variants(["relative.py"])
+    logits, labels = torch.zeros(1, 5, 7), torch.tensor([[-100, 1, 2, 3, 4]])
+    assert bft.loss_from_logits(logits, labels, "relative").item() == pytest.approx(math.log(7))
+    assert "relative_entropy" in bft.worked_example(["relative"])
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -163,7 +194,7 @@ def test_a_mistake_in_a_file_is_one_sentence(mistake, folder, monkeypatch, capsy
     (["--variant", "data.jsonl"], "--variant data.jsonl: expected a Python file, NAME.py"),
     (["--variant", "."], "--variant .: expected a Python file, NAME.py"),
     (["--variant", "folder.py"], "--variant folder.py: expected a Python file, NAME.py"),
-    (["--variant", "mine.py", "twice.py"], "--variant twice.py changes the row 'surprise'; expected other names")])
+    (["--variant", "mine.py", "twice.py"], "--variant twice.py changes 'surprise'; expected other names")])
 def test_a_mistake_in_the_flag_is_one_sentence(flags, words, folder, monkeypatch, capsys):
     (folder / "folder.py").mkdir()
     (folder / "twice.py").write_text(MINE)
