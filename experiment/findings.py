@@ -50,7 +50,7 @@ class Prediction(NamedTuple):
 
 
 WEIGHTED = ("bft-token", "bft", "bft-v3")
-# Those of variants/ that push a token the less the less probable it is.
+# Those of variants/ that, where the base is sure of another token, push the target hardly at all at first.
 VANISHING = ("dft", "power-0.5", "power-2", "power-10", "only-top", "only-top-p", "profit", "infosft", "deft", "asft",
              "bft-gamma-0.5", "bft-gamma-2")
 PREDICTIONS = (
@@ -64,7 +64,8 @@ PREDICTIONS = (
                WEIGHTED, FOLLOWED, "frontier"),
     Prediction("sft-sample stays within 5 points of sft's frontier, since answers are of much the same length.",
                ("sft-sample",), FOLLOWED, "frontier", near=True),
-    Prediction("Over the learning rates the relatives whose weight vanishes with p learn fewer novel facts than sft.",
+    Prediction("Over the learning rates the relatives that weigh by p, or leave out what is improbable, learn fewer novel "
+               "facts than sft.",
                VANISHING, NOVEL, "rates"),
     Prediction("At equal novel accuracy these, too, follow fewer wrong labels.", VANISHING, FOLLOWED, "frontier"),
     Prediction("At equal novel accuracy these, too, lose less of the held-out facts.", VANISHING, LOST, "frontier"),

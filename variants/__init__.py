@@ -27,7 +27,7 @@ def add_variant_flag(parser):
 
 def variants_in(argv):
     """What follows --variant on a command line, whose other flags may depend on it. Raises UserError."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     add_variant_flag(parser)
     return parser.parse_known_args(argv)[0].variant
 

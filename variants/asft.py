@@ -2,17 +2,19 @@
 
     w_t = p_t + k (p_ref,t / p_t - 1) 1[|log(p_ref,t / p_t)| <= 10],   k = 0.1           s_b = 1, average over tokens
 
-The loss behind it is p_t l_t (p_t detached) plus k times an estimate of the divergence from the starting model at
-the target alone: e^r - r - 1 with r = log p_ref,t - log p_t, whose derivative by log p_t is 1 - e^r. So the
-gradient is that of this weight, which is negative where the model has gone up far beyond p_ref; the value of the
-loss is another one.
+The loss behind it is p_t l_t (p_t detached) plus k times an estimate of the divergence from the starting model at the
+target alone: e^r - r - 1 with r = log p_ref,t - log p_t, whose derivative by log p_t is 1 - e^r. So the gradient is
+that of this weight; the value of the loss is another one. At the first step the weight is p_t. A token that has
+become e times less probable has some 0.17 more, one that has become e^10 times less probable 2,203.
 
-Source: the authors' code (zhuchichi56/ASFT, train_v2.py at 6f6f51c) has the full divergence sum_v p_ref,v
-log(p_ref,v / p_v) with k = 0.1 (0.05 in its README). That has a gradient for every token of the vocabulary and is
-no weight of log p_t, so that it does not fit this table. Ours is the estimator at the target, as in NeMo-RL (PR
-3302) and SkyRL, which clamps r to [-10, 10]: beyond, the estimate is constant and has no gradient, or one token
-would outweigh all others. It estimates the divergence in the other direction, of tokens that the model draws; k does
-not carry over from one to the other, says that PR.
+Source: the authors' code (zhuchichi56/ASFT, train_v2.py at 6f6f51c), with k = 0.1 (0.05 in its README), and NeMo-RL's
+PR 3302.
+
+Where it differs: the authors' code has the full divergence, sum_v p_ref,v log(p_ref,v / p_v). That has a gradient for
+every token of the vocabulary and is no weight of log p_t, so that it does not fit this table. Ours is the estimator at
+the target, as in that PR and in SkyRL, which clamps r to [-10, 10]: beyond, it has no gradient. On tokens of a data set
+it estimates neither that divergence nor the reverse one without bias; k does not carry over, says the PR. The authors
+divide by the response tokens of a micro-batch.
 """
 
 import torch

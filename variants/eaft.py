@@ -2,12 +2,12 @@
 
     w_t = H_20 / 3                                         s_b = 1, average over tokens
 
-H_20 is the entropy, in nats, of the 20 likeliest tokens, renormalised; 3 stands for its largest value, log 20 =
-2.996.
+H_20 is the entropy, in nats, of the 20 likeliest tokens, renormalised; 3 stands for its largest value, log 20 = 2.996.
 
-Source: LLaMA-Factory (src/llamafactory/train/trainer_utils.py, PR 9720 by the authors), with its exponent of 1; the
-equations are 2 and 3 of the paper. Axolotl (PR 3366) leaves out the 3, so that its steps are three times as long.
-Both divide by the response tokens of the step, as we do.
+Source: the paper's equations 2 and 3, and LLaMA-Factory (src/llamafactory/train/trainer_utils.py at 38a6312, PR 9720 by
+the authors), with its exponent of 1. Both divide by the response tokens of the step, as we do.
+
+Where it differs: axolotl (PR 3366) leaves out the 3, so that its gradients are three times as large.
 """
 
 import bft

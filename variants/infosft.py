@@ -3,10 +3,11 @@
     w_t = p_t max(0, 1 - logit(p_t) / logit(P))            logit(p) = log p - log(1 - p), P = 0.93
                                                            s_b = 1, average over tokens
 
-Source: the authors' code (Helloworld10011/InfoSFT, training/infosft_loss.py at f2876a1). Below p = 1/2 the weight
-is above p, it is largest (some 0.51) near p = 0.57, and nothing from P on. All of it is detached, and the sum is
-divided by the response tokens of the step: no difference to ours is known. Its README gets one result with epochs
-of SFT in between, for which there is no code.
+Below p = 1/2 the weight is above p. It is largest near p = 0.57, some 0.51, and 0 from P on.
+
+Source: the authors' code (Helloworld10011/InfoSFT, training/infosft_loss.py at f2876a1). All of the weight is detached,
+and the sum is divided by the response tokens of the step, as here. For one result its README names epochs of SFT in
+between, for which there is no code.
 """
 
 import math

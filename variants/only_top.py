@@ -3,13 +3,15 @@
     only-top       w_t = 1[p_t >= q]                       s_b = 1, average over tokens
     only-top-p     w_t = p_t 1[p_t >= q]
 
-Source: the authors' code (GaotangLi/Beyond-Log-Likelihood, main_verl/trainer/fsdp_sft_trainer.py at 220589d:
-OnlyTopLogP, OnlyTopP). q is a constant of the run, the p_t that it is compared with that of the model in training.
-Their scripts take q from percentiles of p on one training set (Qwen2.5-Math-1.5B, NuminaMath): 0.1754 is the tenth,
-ours too. The second one's loss is 1 - p, whose gradient is that of p_t l_t.
+q is a constant of the run; p_t is that of the model in training. The second one's loss is 1 - p, whose gradient is that
+of p_t l_t.
 
-Where it differs: the code divides by the tokens that are left; ours by all. A step is then as much smaller as there
-are fewer, and a batch does not push harder because it has less to learn from.
+Source: the authors' code (GaotangLi/Beyond-Log-Likelihood, main_verl/trainer/fsdp_sft_trainer.py at 220589d:
+OnlyTopLogP, OnlyTopP). Its scripts take q from percentiles of p on one training set (Qwen2.5-Math-1.5B, NuminaMath):
+0.1754 is the tenth, and what we use. For another model and data, compute your own.
+
+Where it differs: the code divides by the tokens that are left in a micro-batch, and adds micro-batches up; we divide by
+all tokens of the global batch. Our gradient is as much smaller as fewer are left.
 """
 
 import bft

@@ -6,7 +6,7 @@ Source: the authors' code (Utaotao/ProFit, src/llamafactory/train/trainer_utils.
 and the direction ("higher") of its recipe. In training it divides by all response tokens of the step, as we do; in
 an evaluation, where that number is not given, by those that are left.
 
-It is only-top (variants/only_top.py) with another threshold.
+It is our only-top (variants/only_top.py) with another threshold.
 """
 
 import bft
