@@ -157,9 +157,10 @@ def weigh(logp, offsets, objective="bft", group_size=256, extra=None):
     _, number = _samples(logp, offsets)
     tokens = Tokens(logp, offsets, group_size, needed)
     token_weight, sample_weight = row.token_weight(tokens), row.sample_weight(tokens)
-    if token_weight.shape != logp.shape or len(sample_weight.shape) != 1 or len(sample_weight) != len(offsets) - 1:
-        raise ValueError(f"the weights of {objective!r} must be (N,) = {tuple(logp.shape)} and (S,) = "
-                         f"({len(offsets) - 1},); they are {tuple(token_weight.shape)} and {tuple(sample_weight.shape)}")
+    shapes, expected = (token_weight.shape, sample_weight.shape), ((len(logp),), (len(offsets) - 1,))
+    if shapes != expected:
+        raise ValueError(f"the weights of {objective!r} must be (N,) and (S,), {expected}; they are "
+                         f"{tuple(map(tuple, shapes))}")
     return Weights(token_weight.double(), sample_weight.double(), number, offsets)
 
 

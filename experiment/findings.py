@@ -64,9 +64,8 @@ PREDICTIONS = (
                WEIGHTED, FOLLOWED, "frontier"),
     Prediction("sft-sample stays within 5 points of sft's frontier, since answers are of much the same length.",
                ("sft-sample",), FOLLOWED, "frontier", near=True),
-    Prediction("Over the learning rates the relatives that weigh by p, or leave out what is improbable, learn fewer novel "
-               "facts than sft.",
-               VANISHING, NOVEL, "rates"),
+    Prediction("Over the learning rates the relatives that weigh by p, or leave out what is improbable, learn fewer "
+               "novel facts than sft.", VANISHING, NOVEL, "rates"),
     Prediction("At equal novel accuracy these, too, follow fewer wrong labels.", VANISHING, FOLLOWED, "frontier"),
     Prediction("At equal novel accuracy these, too, lose less of the held-out facts.", VANISHING, LOST, "frontier"),
     Prediction("eaft, which pushes where the base hesitates, follows fewer wrong labels at equal novel accuracy: the "

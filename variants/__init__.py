@@ -93,4 +93,5 @@ def check_row(path, name, row):
     try:
         bft.worked_example([name])
     except Exception as e:
-        raise UserError(f"--variant {path}{line_of(e, path)}: {name!r} of six tokens: {type(e).__name__}: {e}") from None
+        raise UserError(f"--variant {path}{line_of(e, path)}: {name!r} of six tokens: {type(e).__name__}: {e}") \
+            from None
