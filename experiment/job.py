@@ -34,7 +34,7 @@ from experiment.report import introduce, render, summarise
 from hf import files_beside_model, llama_config, load_tokenizer, load_weights
 from runtime.device import compute_dtype
 from runtime.files import write_whole
-from runtime.one_writer import PATIENCE, only_writer
+from runtime.one_writer import only_writer
 from runtime.process import UserError
 from runtime.run_directory import ROUNDING, WITHOUT_EFFECT, check_out
 from runtime.workers import map_in_workers
@@ -248,7 +248,7 @@ class Job:
         load_variants(settings.variant)                                   # in a worker they are not known yet
         self.ranks.quiet = not is_base
         # Other jobs may need the same base: whoever comes second waits until it is there.
-        patience = math.inf if is_base else PATIENCE
+        patience = math.inf if is_base else None
         with only_writer(training.out, self.ranks, patience):
             check_out(training.out, training.config, settings.resume)
             directory = self.train(settings, training.objective, training.out, training.config, self.model_config,
@@ -258,7 +258,7 @@ class Job:
                 shutil.rmtree(training.out / "checkpoint", ignore_errors=True)
             model = self.load(directory)
         if self.workers > 1:
-            # Here two threads would make other bits.
+            # Every model is asked by one thread: with two the scores have other last bits.
             torch.set_num_threads(1)
         kept = ("line", "group", "acc", "nll", "followed", "planted_nll")
         items = [{key: answer[key] for key in kept if key in answer}

@@ -18,9 +18,10 @@ PATIENCE = 10                        # seconds: what was killed may take a momen
 
 
 @contextlib.contextmanager
-def only_writer(out, ranks, patience=PATIENCE):
+def only_writer(out, ranks, patience=None):
     """While it is entered, no other command enters it for the directory `out`, which is made. Every rank calls it; rank
-    0 holds the lock. Raises UserError, on every rank, if another command holds it for longer than `patience` seconds.
+    0 holds the lock. Raises UserError, on every rank, if another command holds it for longer than `patience` seconds
+    (None: PATIENCE).
 
     Whoever looked into the directory before must look again: another command may have written there meanwhile.
     """
@@ -37,6 +38,8 @@ def only_writer(out, ranks, patience=PATIENCE):
 @contextlib.contextmanager
 def locked(out, ranks, patience):
     """Holds the lock while it is entered, and yields ""; or why it cannot."""
+    if patience is None:
+        patience = PATIENCE
     made = [directory for directory in (out, *out.parents) if not directory.exists()]
     path = out / "writer.lock"
     file, refusal = lock(path, ranks, patience)
