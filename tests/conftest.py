@@ -1,12 +1,18 @@
 """One thread a process: the models of the tests are so small that threads only wait for each other. (Before torch is
 imported; what a test starts inherits it.)"""
 
+import gc
 import os
 
 import pytest
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish():
+    """What has been imported stays: gc.collect(), which eval.py calls for each model, need not look through it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
