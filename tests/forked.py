@@ -26,23 +26,25 @@ MODULES = ["train", "eval", "torch._dynamo"]
 SECONDS = 300
 
 
-def forked(ranks, script, *arguments, cwd=None, path=(ROOT, ROOT / "tests")):
+def forked(ranks, script, *arguments, nodes=1, env=None, cwd=None, path=(ROOT, ROOT / "tests")):
     """A Python script on so many ranks, a thread each; returns the CompletedProcess. Its code is that of the rank that
-    failed first; the others are killed then. path: where the script finds modules that are not beside it."""
+    failed first; the others are killed then. nodes: how many the ranks believe to be on. path: where the script finds
+    modules that are not beside it."""
     environments = [{}]
     if ranks > 1:
         # Ranks find each other at the port of this store, as they do at torchrun's.
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        here = ranks // nodes
         together = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        environments = [{**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+                    "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(here), "GROUP_WORLD_SIZE": str(nodes)}
+        environments = [{**together, "RANK": str(rank), "LOCAL_RANK": str(rank % here)} for rank in range(ranks)]
     command = [str(script), *map(str, arguments)]
     context = context_of_the_server()
     with tempfile.TemporaryDirectory() as directory:
         output, errors = Path(directory, "output"), Path(directory, "errors")
         processes = []
         for environment in environments:
-            arguments = (environment, command, cwd, [str(folder) for folder in path], output, errors)
+            arguments = ({**environment, **(env or {})}, command, cwd, [str(folder) for folder in path], output, errors)
             processes.append(context.Process(target=run_script, args=arguments))
         code = wait_for_all(processes)
         return subprocess.CompletedProcess(command, code, output.read_text(), errors.read_text())
@@ -88,6 +90,8 @@ def run_script(environment, command, cwd, path, output, errors):
     # Whatever the server has imported is not looked through for garbage.
     gc.freeze()
     os.environ.update(environment)
+    # Where that is, may be told by the environment.
+    tempfile.tempdir = None
     for number, file in ((1, output), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if cwd:

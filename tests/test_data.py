@@ -337,11 +337,12 @@ def test_sizes_that_are_compiled_are_few():
 @pytest.mark.slow
 def test_the_command_shows_samples_and_lengths(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "What?", "response": "That."}, {"prompt": "b", "response": "c"})
-    command = [sys.executable, ROOT / "data.py", path, "--tokenizer", ASSETS, "-n", "1"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "chat format plain" in out and "What?\n[[That.<|endoftext|>]]" in out and "2 samples; 0 cut" in out and "response tokens" in out
+    command = [ROOT / "data.py", path, "--tokenizer", ASSETS, "-n", "1"]
+    good = forked(1, *command, path=())
+    assert good.returncode == 0 and "chat format plain" in good.stdout and "What?\n[[That.<|endoftext|>]]" in good.stdout
+    assert "2 samples; 0 cut" in good.stdout and "response tokens" in good.stdout
     path.write_text("oops\n")
-    bad = forked(1, *command[1:], path=())
+    bad = forked(1, *command, path=())
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and f"{path}:1: not JSON" in bad.stderr
 
 

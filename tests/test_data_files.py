@@ -2,12 +2,11 @@
 
 import gzip
 import json
-import subprocess
 import sys
 import tracemalloc
 
 import pytest
-from support import ASSETS, ROOT
+from support import ASSETS
 
 import data
 import hf
@@ -238,10 +237,10 @@ def test_files_follow_one_another_and_errors_name_the_right_one(tmp_path, tokeni
         data.load_samples([a, tmp_path / "missing.jsonl"], tokenizer)
 
 
-@pytest.mark.slow
-def test_the_command_takes_several_files(tmp_path):
+def test_the_command_takes_several_files(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS[:1]))
     (tmp_path / "b.json").write_text(json.dumps(ROWS[1:]))
-    command = [sys.executable, ROOT / "data.py", tmp_path / "a.jsonl", tmp_path / "b.json", "--tokenizer", ASSETS]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path / "a.jsonl"), str(tmp_path / "b.json"), "--tokenizer", str(ASSETS)])
+    data.main()
+    out = capsys.readouterr().out
     assert f"--- {tmp_path / 'a.jsonl'}:1: " in out and f"--- {tmp_path / 'b.json'}: row 1: " in out and "5 samples" in out

@@ -1,16 +1,15 @@
 """Rows to conversations: every shape, nothing lost without a word, and templates for other keys."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from support import ASSETS, ROOT
+from support import ASSETS
 
 import data
 import hf
 from hf import Turn
-from runtime.process import UserError
+from runtime.process import UserError, run
 
 
 @pytest.fixture(scope="module")
@@ -363,19 +362,23 @@ def test_templates_that_cannot_be_meant_are_refused(prompt, response, words):
     assert data.parse_templates("", "") is data.parse_templates(None, None) is None
 
 
-@pytest.mark.slow
-def test_the_command_shows_what_templates_make_and_warns(tmp_path):
+def test_the_command_shows_what_templates_make_and_warns(tmp_path, monkeypatch, capsys):
+    def show(*flags):
+        monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path / "a.jsonl"), "--tokenizer", str(ASSETS), *flags])
+        with pytest.raises(SystemExit) as exit:
+            run(data.main)
+        return exit.value.code, *capsys.readouterr()
+
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": Q, "answer": A}) + "\n")
-    command = [sys.executable, ROOT / "data.py", tmp_path / "a.jsonl", "--tokenizer", ASSETS]
-    shown = subprocess.run([*command, "--prompt-template", "{question}", "--response-template", "{answer}"], capture_output=True, text=True, check=True)
-    assert f"{Q}\n[[{A}<|endoftext|>]]" in shown.stdout and shown.stderr == ""
+    code, out, err = show("--prompt-template", "{question}", "--response-template", "{answer}")
+    assert f"{Q}\n[[{A}<|endoftext|>]]" in out and not code and err == ""
     for flags, words in (((), "the keys are 'question', 'answer'; expected"), (("--prompt-template", "{question}"), "go together"),
                          (("--prompt-template", "{question}", "--response-template", "{reply}"), "a.jsonl:1: no key 'reply'")):
-        bad = subprocess.run([*command, *flags], capture_output=True, text=True)
-        assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and words in bad.stderr
+        code, _, err = show(*flags)
+        assert code == 2 and err.count("\n") == 1 and words in err
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": MIXED[0]}) + "\n")
-    err = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert f"warning: texts that look like a question with its answer: 1, the first at {tmp_path / 'a.jsonl'}:1;" in err
+    code, _, err = show()
+    assert f"warning: texts that look like a question with its answer: 1, the first at {tmp_path / 'a.jsonl'}:1;" in err and not code
 
 
 @pytest.mark.parametrize("row, words", [

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from forked import forked
 from support import ROOT, SMALL, call, metrics, torchrun
 
 import bft
@@ -175,7 +176,8 @@ def test_a_missing_package_is_named_with_its_command(name, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_without_a_key_nothing_is_trained(tmp_path):
-    done = torchrun(1, ROOT / "train.py", *ARGV, "--report", "wandb", "--out", tmp_path / "run", env={"WANDB_MODE": "online"})
+    environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)}
+    done = forked(1, ROOT / "train.py", *ARGV, "--report", "wandb", "--out", tmp_path / "run", env=environment, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: --report wandb: ") and "key" in done.stderr
     assert done.stderr.count("\n") == 1 and metrics(tmp_path / "run") == []
 
