@@ -1,33 +1,20 @@
 """Worker processes: tasks in order, errors that reach the parent, and an end with the parent."""
 
 import os
-import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-import torch
 from support import ROOT
+from worker_tasks import die, say, square
 
 from runtime.process import UserError
 from runtime.workers import map_in_workers
 
 
-def square(number):
-    if number == 0:
-        raise UserError("0 is not to be squared")
-    return number ** 2, torch.get_num_threads(), os.getpid()
-
-
-def die(number):
-    if number == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def say(words):
-    print(words)
-    print(words, file=sys.stderr, flush=True)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "runtime")])}
 
 
 def test_one_worker_is_this_process():
@@ -46,15 +33,46 @@ def test_workers_import_nothing_of_the_current_directory(tmp_path):
     (tmp_path / "command.py").write_text("""
 from runtime.process import run
 from runtime.workers import map_in_workers
-from test_workers import square
+from worker_tasks import square
 
 
 if __name__ == "__main__":
     run(lambda: print([number for number, _, _ in map_in_workers(square, [3, 2], 2)]))
 """)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'runtime'}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, tmp_path / "command.py"], cwd=here, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, tmp_path / "command.py"], cwd=here, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.stdout == "[9, 4]\n" and not (tmp_path / "trace").exists(), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_workers_end_with_the_command_even_if_it_is_killed(tmp_path):
+    (tmp_path / "command.py").write_text("""
+from runtime.process import run
+from runtime.workers import map_in_workers
+from worker_tasks import take_long
+
+
+if __name__ == "__main__":
+    run(lambda: list(map_in_workers(take_long, ["1", "2"], 2)))
+""")
+    process = subprocess.Popen([sys.executable, tmp_path / "command.py"], cwd=tmp_path, env=ENVIRONMENT)
+    while process.poll() is None and not all((tmp_path / name).exists() for name in "12"):
+        time.sleep(0.05)
+    workers = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
