@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from multiprocessing.connection import wait
 from pathlib import Path
 from unittest.mock import patch
@@ -26,17 +27,17 @@ MODULES = ["train", "eval", "torch._dynamo"]
 SECONDS = 300
 
 
-def forked(ranks, script, *arguments, nodes=1, env=None, cwd=None, path=(ROOT, ROOT / "tests")):
+def forked(ranks, script, *arguments, nodes=1, env=None, cwd=None, path=(ROOT, ROOT / "tests"), meanwhile=None):
     """A Python script on so many ranks, a thread each; returns the CompletedProcess. Its code is that of the rank that
     failed first; the others are killed then. nodes: how many the ranks believe to be on. path: where the script finds
-    modules that are not beside it."""
+    modules that are not beside it. meanwhile(processes) is called when they have begun."""
     environments = [{}]
     if ranks > 1:
         # Ranks find each other at the port of this store, as they do at torchrun's.
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         here = ranks // nodes
         together = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(here), "GROUP_WORLD_SIZE": str(nodes)}
+                    "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(here)}
         environments = [{**together, "RANK": str(rank), "LOCAL_RANK": str(rank % here)} for rank in range(ranks)]
     command = [str(script), *map(str, arguments)]
     context = context_of_the_server()
@@ -46,7 +47,7 @@ def forked(ranks, script, *arguments, nodes=1, env=None, cwd=None, path=(ROOT, R
         for environment in environments:
             arguments = ({**environment, **(env or {})}, command, cwd, [str(folder) for folder in path], output, errors)
             processes.append(context.Process(target=run_script, args=arguments))
-        code = wait_for_all(processes)
+        code = wait_for_all(processes, meanwhile)
         return subprocess.CompletedProcess(command, code, output.read_text(), errors.read_text())
 
 
@@ -63,13 +64,15 @@ def context_of_the_server():
     return context
 
 
-def wait_for_all(processes):
+def wait_for_all(processes, meanwhile):
     """Starts them; returns the exit code of the first that fails, or 0. None is left."""
     running = []
     try:
         for process in processes:
             process.start()
             running.append(process)
+        if meanwhile:
+            meanwhile(processes)
         while running:
             ended = wait([process.sentinel for process in running], SECONDS)
             assert ended, f"not done after {SECONDS} seconds"
@@ -77,6 +80,8 @@ def wait_for_all(processes):
                 process.join()
                 running.remove(process)
                 if process.exitcode:
+                    # torchrun takes a moment to see it as well: whatever the others say meanwhile is heard.
+                    time.sleep(0.5 if running else 0)
                     return process.exitcode
         return 0
     finally:

@@ -431,7 +431,7 @@ def test_a_ruined_model_has_no_scores(ruin, tmp_path, monkeypatch, capsys, token
         assert call(monkeypatch, tmp_path / "model", "--prompt", "Why?", "--temperature", temperature) == 2
         assert "no numbers (NaN)" in capsys.readouterr().err
     for task, file in (("nll", "finetune.jsonl"), ("choice", "choice.jsonl"), ("inspect", "finetune.jsonl")):
-        assert call(monkeypatch, tmp_path / "model", "--tasks", task, "--data", ASSETS / file, "--out", tmp_path / "r.json") == 2
+        assert call(monkeypatch, tmp_path / "model", "--tasks", task, "--data", ASSETS / file, "--limit", "9", "--out", tmp_path / "r.json") == 2
         assert "no numbers (NaN)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

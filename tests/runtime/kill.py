@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:tests python tests/runtime/kill.py 20 [--seed 0]
 
-A run is one process from random weights, one with adapters, or three ranks under torchrun from trained ones, each with the whole model or with its
-rows of it, in turn. SIGKILL comes when its log has reached a random step, or while it writes a checkpoint, to all of its processes or to one of its
-ranks. The same command must then go on from a checkpoint, and end with the bits of a run that was never stopped: log, weights, optimizer.
+A run is one process from random weights, one with adapters, or three ranks from trained ones, each with the whole model (under torchrun) or with
+its rows of it, in turn. SIGKILL comes when its log has reached a random step, or while it writes a checkpoint, to all of its processes or to one of
+its ranks. The same command must then go on from a checkpoint, and end with the bits of a run that was never stopped: log, weights, optimizer.
 """
 
 import argparse
@@ -120,16 +120,27 @@ def kill_once(kind, directory, rng):
     (argv, whole), out = unbroken(kind, directory), directory / f"cut {rng.random()}"
     ranks = ranks_of(kind)
     step, saving, one_rank = rng.randint(4, 10), rng.random() < 0.4, ranks > 1 and rng.random() < 0.5
-    process, deadline = launch(ranks, "slow", *argv, "--out", out), time.time() + 120
-    while max((line["step"] for line in metrics(out)), default=0) < step or saving and not list(out.glob("checkpoint/*.tmp")):
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.001)
-    time.sleep(rng.random() * 0.4 if saving else rng.random() * 0.2)
-    victims = [rng.choice(children(process.pid))] if one_rank else [process.pid, *workers(process.pid)]
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+
+    def kill(processes):
+        deadline = time.time() + 120
+        while max((line["step"] for line in metrics(out)), default=0) < step or saving and not list(out.glob("checkpoint/*.tmp")):
+            assert time.time() < deadline and all(os.path.exists(f"/proc/{process.pid}") for process in processes)
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.4 if saving else rng.random() * 0.2)
+        pids = [process.pid for process in processes]
+        if kind == "three ranks":
+            pids = children(*pids) if one_rank else pids + workers(*pids)
+        for pid in [rng.choice(pids)] if one_rank else pids:
+            os.kill(pid, signal.SIGKILL)
+
+    if kind == "three ranks":
+        process = launch(ranks, "slow", *argv, "--out", out)
+        kill([process])
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+    else:
+        done = forked(ranks, *script("slow"), *argv, "--out", out, meanwhile=kill)
+        assert done.returncode == -signal.SIGKILL
     had = metrics(out)[-1]["step"]
     code, output = finish(ranks, "draws", *argv, "--out", out)
     assert code == 0, output
