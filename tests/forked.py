@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the server imports: ours for the packages that they import, and what torch imports at the first step.
-MODULES = ["train", "eval", "torch._dynamo"]
+# What the server imports: ours for the packages that they import, what torch imports at the first step, and, if they are
+# installed, what every rank of an evaluation does.
+MODULES = ["train", "eval", "torch._dynamo", "sklearn.linear_model", "sklearn.model_selection", "rouge_score.rouge_scorer"]
 SECONDS = 300
 
 
