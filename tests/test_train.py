@@ -1,6 +1,7 @@
 """The loop: the same step in every layout, the same run every time, checkpoints, logs, and users' mistakes."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -43,6 +44,7 @@ def data_file(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------------------
 # Invariant 1
 
+@functools.cache
 def one_sample_at_a_time(objective, adapters):
     """Loss, gradient and each sample's NLL of the worker's batch, from plain logits of one sample at a time."""
     model, batch = split_worker.setup(adapters)
