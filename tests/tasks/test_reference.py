@@ -105,6 +105,8 @@ def test_the_weights_of_a_step_are_those_of_its_own_samples(folder, tmp_path, mo
     monkeypatch.setattr(bft, "weigh", look)
     argv = argv_of(folder, "--steps", 2, "--batch-size", 14, "--micro-tokens", 150)
     assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 0
+    # When the file is read its row is worked out.
+    seen = [look for look in seen if len(look[0]) > 6]
     samples, _ = load_samples(folder / "data.jsonl", hf.load_tokenizer(ASSETS))
     kept = load_safetensors(tmp_path / "run" / FILE)["ref_logp"].split(samples.response_lengths.tolist())
     parts = [[part for logp, offsets, ref, s in micro_batches for part in zip(logp.split(offsets.diff().tolist()), ref.split(offsets.diff().tolist()), s)]
