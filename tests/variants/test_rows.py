@@ -3,6 +3,8 @@ code with variants/ or bft.py."""
 
 import math
 import random
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -86,6 +88,14 @@ def all_files():
 
 def files():
     return [str(path) for path in sorted((ROOT / "variants").glob("*.py")) if path.stem != "__init__"]
+
+
+def test_docs_name_every_row_and_its_file():
+    text = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (`.*?`) \| .*\| (\w+) \| \[(\w+)\.py\]", text, re.M)
+    named = {name: (average, file) for names, average, file in lines for name in re.findall(r"`([\w.-]+)`", names)}
+    rows = {name: bft.OBJECTIVES[name] for name in variants.FILES}
+    assert named == {name: (row.average, Path(variants.FILES[name]).stem) for name, row in rows.items()}
 
 
 def test_every_row_of_every_file_is_in_the_table():
