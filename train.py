@@ -347,7 +347,7 @@ def train(settings, objective, out, record, config, start, samples, validation, 
     # The log may have the validation of this step already.
     run_id, validated = begin(out, record, first_step, settings.resume, ranks)
     if "ref_logp" in bft.OBJECTIVES[objective].needs:
-        samples = with_reference(out, run_id, model, samples, first_step, dtype, ranks)
+        samples = with_reference(out, run_id, model, samples, first_step, dtype, settings.micro_tokens, ranks)
     net = wrap(model, settings, dtype, ranks)
     log = StepLog(out, objective, model, samples, first_step, total, settings, dtype, ranks)
 
@@ -637,7 +637,7 @@ class StepLog:
                        f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, {ranks.world} x {ranks.device}, "
                        f"{str(dtype).removeprefix('torch.')}")
         multi_window = np.mean(samples.response_lengths > settings.group_size)
-        if bft.OBJECTIVES[objective].sample_weight is not bft.every_sample_1 and multi_window < 0.1:
+        if has_groups(objective) and multi_window < 0.1:
             ranks.once(f"warning: only {multi_window:.0%} of the samples have more than --group-size "
                        f"{settings.group_size} response tokens; for the others the one group is the whole sample")
 
@@ -708,6 +708,14 @@ class StepLog:
             print(f"error: step {step.number}: loss {line['loss']}, gradient norm {line['grad_norm']}; stopped, and "
                   f"nothing was saved since, with the samples at {places}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def has_groups(objective):
+    """Whether an objective's weights depend on --group-size: those of two tokens, in groups of one and of two."""
+    logp, offsets = torch.tensor([0.9, 0.5]).log(), torch.tensor([0, 2])
+    extra = {name: torch.full((2,), 0.5) for name in bft.OBJECTIVES[objective].needs}
+    one, two = (bft.token_weights(logp, offsets, objective, group_size, extra) for group_size in (1, 2))
+    return not torch.equal(one, two)
 
 
 def gather(outcome, size, ranks):

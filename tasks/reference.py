@@ -13,12 +13,12 @@ from runtime.progress import with_progress
 from tasks.scoring import MICRO_TOKENS, as_device_likes, micro_batches_of_rank, sum_over_ranks
 
 
-def with_reference(out, run_id, model, samples, first_step, dtype, ranks):
+def with_reference(out, run_id, model, samples, first_step, dtype, micro_tokens, ranks):
     """The samples with log p_t under the weights that the run starts from. These numbers are computed when it begins,
     by a forward pass over all samples, and kept in `out`. Raises UserError."""
     path = out / "ref_logp.safetensors"
     if first_step == 0:
-        logp = token_logprobs(model, samples, dtype, label=f"{out}: log p_t before training")   # (N,)
+        logp = token_logprobs(model, samples, dtype, micro_tokens, f"{out}: log p_t before training")   # (N,)
         if ranks.rank == 0:
             save_safetensors({"ref_logp": logp, "seal": seal(logp, run_id)}, path)
         ranks.barrier()

@@ -32,6 +32,7 @@ from runtime.checkpoint import checkpoints
 from runtime.files import load_safetensors, save_safetensors
 from runtime.process import UserError
 from runtime.ranks import Ranks
+from variants import load_variants
 
 
 @pytest.fixture(scope="module")
@@ -624,6 +625,17 @@ def test_the_peak_is_that_of_the_device(name, peak):
 def test_nothing_is_compiled_that_was_not_asked_for(tmp_path, monkeypatch, data_file):
     argv, counter = [*SMALL, "--data", data_file, "--val-data", data_file, "--steps", 1], count_compiled_rows(monkeypatch)
     assert call(monkeypatch, *argv, "--out", tmp_path / "run") == 0 and counter.frame_count == 0
+
+
+def test_a_run_warns_where_groups_are_whole_samples(tmp_path, monkeypatch, data_file, capsys):
+    """Of objectives that have groups alone; a sample weight may be of something else."""
+    load_variants([str(path) for path in (ROOT / "variants").glob("*.py")])
+    with_groups = {name for name in bft.OBJECTIVES if train.has_groups(name)}
+    assert with_groups == {"bft", "bft-v3", "bft-sample", "bft-tokavg", "bft-gamma-0.5", "bft-gamma-2"}
+    argv = [*SMALL, "--data", data_file, "--steps", 1, "--objective", "sft", "bft", "--out"]
+    for group_size, warnings in ((256, 1), (2, 0)):
+        assert call(monkeypatch, *argv, tmp_path / str(group_size), "--group-size", group_size) == 0
+        assert capsys.readouterr().out.count("warning: only 0% of the samples have more than --group-size") == warnings
 
 
 class Kernels(TorchDispatchMode):

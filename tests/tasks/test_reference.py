@@ -132,17 +132,17 @@ def test_it_is_computed_when_a_run_begins_and_never_again(folder, tmp_path, monk
         return passes.count(False), passes.count(True)
 
     looks, steps = count("--out", tmp_path / "whole")
-    assert count("--out", tmp_path / "sft", "--objective", "sft") == (0, steps) and looks == 1   # 14 samples at once
+    assert count("--out", tmp_path / "sft", "--objective", "sft") == (0, steps) and looks == 5   # of 14 samples, by --micro-tokens
     assert count("--out", tmp_path / "whole") == (0, 0)                   # it is finished
     content = (tmp_path / "whole" / FILE).read_bytes()
     for step in (2, 0):
         shutil.copytree(tmp_path / "whole", tmp_path / f"cut {step}")
         cut_back(tmp_path / f"cut {step}", step)
         again, rest = count("--out", tmp_path / f"cut {step}")
-        assert (again == 0 and 0 < rest < steps) if step else (again, rest) == (1, steps)
+        assert (again == 0 and 0 < rest < steps) if step else (again, rest) == (looks, steps)
         assert_equal(tmp_path / f"cut {step}", tmp_path / "whole")
         assert ((tmp_path / f"cut {step}" / FILE).read_bytes() == content) == (step == 2)   # a run that begins is another
-    assert count("--out", tmp_path / "whole", "--no-resume") == (1, steps)
+    assert count("--out", tmp_path / "whole", "--no-resume") == (looks, steps)
     assert (tmp_path / "whole" / FILE).read_bytes() != content
     assert_equal(tmp_path / "cut 2", tmp_path / "whole")
 
