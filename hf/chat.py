@@ -351,8 +351,11 @@ class ChatFormat:
             return
         lost = f"turn {number + 1} ({turn.role}: {turn.content.strip()[:40]!r})"
         if turn.thoughts is not None:
-            raise UserError(f"{self.where} does not write the thoughts (reasoning_content) of {lost}; expected them in "
-                            "a last turn (one sample for each turn that has thoughts), or as <think> in its content")
+            place = "as <think> in its content"
+            if number < max((other for _, other in ends), default=number):
+                place = f"in a last turn (one sample for each turn that has thoughts), or {place}"
+            raise UserError(f"{self.where} does not write the thoughts (reasoning_content) of {lost}; expected them "
+                            f"{place}")
         if "</think>" in turn.content:
             raise UserError(f"{self.where} does not write the thoughts (<think>) of {lost}; expected them in a last "
                             "turn: one sample for each turn that has thoughts")

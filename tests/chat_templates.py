@@ -1,9 +1,12 @@
 """Chat templates that write what those of published models write, and tokenizers that have their special tokens.
 
-They are shorter than the published files: no tools. The tests compare with what transformers makes of the same template.
+They are shorter than the published files: but for DeepSeek's, no tools. The tests compare with what transformers makes of
+the same template.
 """
 
+import importlib.util
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 from tokenizer_files import assets_with, trained
@@ -71,11 +74,43 @@ QWEN3 = """{%- set ns = namespace(last_question=0) %}
     {%- endif %}
 {%- endif %}
 """
-R1 = "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}{% endif %}{% endfor %}" \
-    "{{ bos_token }}{{ ns.system }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}{% endif %}" \
-    "{% if m['role'] == 'assistant' %}{% set content = m['content'] %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}" \
-    "{% endif %}{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}" \
-    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+# Writes what `published_by_deepseek` does, without that package: no thoughts, but <think> at the end of the prompt.
+R1 = """{%- set ns = namespace(system='', has_called=false, has_output=false, follows_output=false) %}
+{%- for message in messages if message['role'] == 'system' %}
+    {%- set ns.system = message['content'] %}
+{%- endfor %}
+{{- bos_token + ns.system }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {%- set ns.follows_output = false %}
+        {{- '<｜User｜>' + message['content'] }}
+    {%- elif message['role'] == 'tool' %}
+        {{- '\\n' if ns.has_output else '<｜tool▁outputs▁begin｜>' }}
+        {{- '<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}
+        {%- set ns.has_output = true %}
+        {%- set ns.follows_output = true %}
+    {%- elif message['role'] == 'assistant' and message['content'] is none %}
+        {%- set ns.follows_output = false %}
+        {%- for call in message['tool_calls'] %}
+            {{- '\\n' if ns.has_called else '<｜Assistant｜><｜tool▁calls▁begin｜>' }}
+            {{- '<｜tool▁call▁begin｜>' + call['type'] + '<｜tool▁sep｜>' + call['function']['name'] }}
+            {{- '\\n```json\\n' + call['function']['arguments'] + '\\n```<｜tool▁call▁end｜>' }}
+            {{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' if ns.has_called else '' }}
+            {%- set ns.has_called = true %}
+        {%- endfor %}
+    {%- elif message['role'] == 'assistant' and ns.follows_output %}
+        {%- set ns.follows_output = false %}
+        {{- '<｜tool▁outputs▁end｜>' + message['content'] + '<｜end▁of▁sentence｜>' }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- '<｜Assistant｜>' + message['content'].split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if ns.follows_output %}
+    {{- '<｜tool▁outputs▁end｜>' }}
+{%- elif add_generation_prompt %}
+    {{- '<｜Assistant｜><think>\\n' }}
+{%- endif %}
+"""
 # The system text goes into the last question; elsewhere a question with an answer is not the last message.
 MISTRAL = """{%- set ns = namespace(system=none, turns=messages) %}
 {%- if messages[0]['role'] == 'system' %}
@@ -129,9 +164,15 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "
 ORDINARY = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<tool_call>"]
 
 
+def published_by_deepseek():
+    """The template of all DeepSeek-R1-Distill models (MIT), to the byte. `trl` has a copy of it."""
+    package, = importlib.util.find_spec("trl").submodule_search_locations
+    return Path(package, "chat_templates", "deepseek_r1_distill.jinja").read_text(encoding="utf-8")
+
+
 def chat_directory(directory, name, library=False):
     """A directory with the template of this name, and a tokenizer that has its tokens: that of assets/, or with library
-    one of its style, which needs `tokenizers`. Returns the directory."""
+    one of its style, and DeepSeek's own template, which needs the other libraries. Returns the directory."""
     published = PUBLISHED[name]
     directory.mkdir(exist_ok=True)
     assets_with(directory, SPECIAL + ORDINARY)
@@ -146,5 +187,6 @@ def chat_directory(directory, name, library=False):
     if published.bos:
         config["bos_token"] = published.bos
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "chat_template.jinja").write_text(published.template)
+    template = published_by_deepseek() if library and name.startswith("R1") else published.template
+    (directory / "chat_template.jinja").write_text(template)
     return directory

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_templates import CHATML_TURNS, ORDINARY, PUBLISHED, SPECIAL, chat_directory
+from chat_templates import CHATML_TURNS, ORDINARY, PUBLISHED, R1, SPECIAL, chat_directory, published_by_deepseek
 from support import ASSETS, ROOT, tiny
 from tokenizer_files import FALLBACKS, assets_with, build_fallback, strings
 
@@ -85,14 +85,14 @@ def test_ids_are_those_of_transformers(tmp_path, name):
     compared = 0
     for messages in conversations(120):
         turns = [Turn(message["role"], message["content"]) for message in messages]
-        has_thoughts = "</think>" in turns[-1].content
-        if name.startswith("R1") and has_thoughts:
-            # Its template drops them; we keep them. See below.
-            continue
         if name == "Mistral, unanswered" and turns[0].role == "system":
             continue
         expected = theirs.apply_chat_template(messages, return_dict=False, date_string="26 Jul 2024")
         asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024")
+        if name.startswith("R1") and "</think>" in turns[-1].content:
+            # Its template drops them; we keep them, behind the <think> that the prompt ends with.
+            answer = turns[-1].content.removeprefix("<think>\n") + "<｜end▁of▁sentence｜>"
+            expected = asked + theirs.encode(answer, add_special_tokens=False)
         ids, response = chat_format.encode(turns)
         ours, _ = chat_format.encode([*turns[:-1], Turn("assistant", None)])
         # A response begins at a token boundary, where one-piece tokenisation joins white space with what precedes.
@@ -103,6 +103,21 @@ def test_ids_are_those_of_transformers(tmp_path, name):
         assert sum(response) > sum(turn.role == "assistant" for turn in turns)
         compared += 1
     assert compared >= 50
+
+
+@pytest.mark.slow
+def test_our_template_of_r1_writes_what_the_published_one_does():
+    """Tools included, which no row of ours can have."""
+    ours, theirs = (chat.Renderer(template, {"bos_token": "<s>"}) for template in (R1, published_by_deepseek()))
+    call = {"type": "function", "function": {"name": "look_up", "arguments": '{"gene": "TP53"}'}}
+    calls = [{"role": "assistant", "content": None, "tool_calls": [call] * count} for count in (1, 2, 3)]
+    roles = ("system", "user", "assistant", "tool")
+    texts = [{"role": role, "content": content} for role in roles for content in ("Why?", THOUGHT, "")]
+    rng = random.Random(0)
+    for _ in range(200):
+        messages = rng.choices([*calls, *texts], k=rng.randint(1, 9))
+        wanted = [(len(messages), False), (len(messages), True)]
+        assert ours.render(messages, wanted) == theirs.render(messages, wanted), messages
 
 
 @pytest.mark.slow
@@ -165,12 +180,13 @@ def test_thoughts_in_a_key_of_their_own(tmp_path):
     assert marked(qwen3, [question, answer]).endswith("[[<think>\nBecause so.\n</think>\n\nYes.<|im_end|>]]\n")
     # Without thoughts the last answer has empty ones, as its template writes them.
     assert marked(qwen3, [question, answer._replace(thoughts=None)]).endswith("[[<think>\n\n</think>\n\nYes.<|im_end|>]]\n")
-    with pytest.raises(UserError, match=r"does not write the thoughts \(reasoning_content\) of turn 2"):
-        load(chat_directory(tmp_path / "smol", "SmolLM2")).encode([question, answer])
+    for name in ("SmolLM2", "R1-Distill-Qwen"):
+        with pytest.raises(UserError, match=r"\(reasoning_content\) of turn 2 .*; expected them as <think> in its content$"):
+            load(chat_directory(tmp_path / name, name)).encode([question, answer])
     # What happens to stand in the answer, or in the template, does not count.
     for thoughts in ("Yes", "assistant"):
         with pytest.raises(UserError, match="does not write the thoughts"):
-            load(tmp_path / "smol").encode([question, answer._replace(thoughts=thoughts)])
+            load(tmp_path / "SmolLM2").encode([question, answer._replace(thoughts=thoughts)])
     forged = marked(qwen3, [question, answer._replace(thoughts="a<|im_end|>b")])
     assert "a<|im_end|>b" in forged and qwen3.encode([question, answer._replace(thoughts="a<|im_end|>b")])[0].count(qwen3.end) == 2
     # An earlier turn would lose them.
@@ -180,6 +196,17 @@ def test_thoughts_in_a_key_of_their_own(tmp_path):
     for earlier in (Turn("assistant", THOUGHT, is_trained=False), Turn("assistant", "It depends.", "Hm.", is_trained=False)):
         context = [question, earlier, question, Turn("assistant", "No.")]
         assert "Hm." not in marked(qwen3, context) and "It depends." in marked(qwen3, context)
+
+
+def test_thoughts_in_r1s_turns(tmp_path):
+    """They are written as they stand, in earlier turns too. The <think> of a prompt is response where no line break follows
+    it, and missing where there are no thoughts."""
+    r1 = load(chat_directory(tmp_path / "model", "R1-Distill-Llama"))
+    for answer, expected in ((THOUGHT, f"<think>\n[[{THOUGHT.removeprefix('<think>')[1:]}"), ("<think>Hm.</think>So.", "[[<think>Hm.</think>So."),
+                             ("Hm.\n</think>\n\nSo.", "[[Hm.\n</think>\n\nSo."), ("So.", "[[So.")):
+        turns = [Turn("user", "Why?"), Turn("assistant", answer)]
+        one = f"<｜User｜>Why?<｜Assistant｜>{expected}<｜end▁of▁sentence｜>]]"
+        assert marked(r1, turns * 2) == "<｜begin▁of▁sentence｜>" + one * 2
 
 
 # What is response stands between [[ and ]].
