@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from forked import forked
 from support import ASSETS, ROOT, call, metrics
 
 import train
@@ -155,6 +156,27 @@ def test_workers_give_the_same_and_end_with_the_command(in_a_folder, monkeypatch
     assert (in_a_folder / "job" / "results.json").read_bytes() == expected
     for run in runs:
         assert metrics(run) == metrics(in_a_folder / "one-process" / "seed-0" / "lr-0.001" / run.name)
+
+
+@pytest.mark.slow
+def test_eight_ranks_print_what_one_does(tmp_path):
+    """Whole or sharded. A batch has fewer samples than there are ranks, and of some matrices the last rank has no row."""
+    argv = ["--device", "cpu", "--seeds", 0, "--lrs", 1e-3, "--objective", "sft", "bft", "--steps", 3, "--batch-size", 6,
+            "--n-layer", 1, "--n-embd", 20, "--n-head", 2]
+    nlls = {}
+    for ranks, shard in ((1, "no"), (8, "no"), (8, "all")):
+        # Each trains a base of its own.
+        folder = tmp_path / f"{ranks} {shard}"
+        folder.mkdir()
+        result = forked(ranks, ROOT / "tests" / "experiment" / "small_job.py", *argv, "--shard", shard, cwd=folder)
+        assert (result.returncode, result.stderr) == (0, ""), result.stderr
+        assert result.stdout.count("WHAT EACH LOSS LEARNT") == 1
+        assert [line.split()[:2] for line in result.stdout.splitlines()].count(["seed", "0"]) == 3
+        models = json.loads((folder / "runs" / "demo" / "results.json").read_text())["models"]
+        nlls[ranks, shard] = [item["nll"] for model in models for item in model["items"]]
+    assert len(nlls[1, "no"]) == 3 * 432
+    for layout in nlls:
+        assert nlls[layout] == pytest.approx(nlls[1, "no"], abs=1e-4)
 
 
 def test_what_the_default_job_goes_over():
