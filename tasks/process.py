@@ -91,7 +91,9 @@ def ask(questions, model, opened, evaluation):
 
 def process_name(text):
     """The name in what a model wrote, as GeneAgent's evaluation has it: the first line, after "Process:" or a label
-    like it, without anything in parentheses. (Theirs takes what follows the first colon, whatever precedes it.)"""
+    like it, without anything in parentheses. (Theirs takes what follows the first colon, whatever precedes it.)
+    Thoughts before it do not count."""
+    text = text.rpartition("</think>")[2]
     label = r"^\W*((the|most|prominent|biological|process|pathway|name|is|answer)\b[ *_]*)+:"
     without_parentheses = re.sub(r"\([^)]*\)", "", text)
     text = re.sub(label, "", without_parentheses, flags=re.IGNORECASE)

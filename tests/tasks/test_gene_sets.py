@@ -22,7 +22,8 @@ def work(tmp_path_factory):
     ("Process: MAPK signaling\nbecause", "MAPK signaling"), ("\n\n  **Process:** \"DNA repair (NER), by-pass\".", "DNA repair by pass"),
     ("process name: x/y", "x y"), ("Processing of RNA: a start", "Processing of RNA: a start"), ("", ""), (" \n", ""), ("(none)", ""),
     ("Process:\nDNA repair\nmore", "DNA repair"), ("Process: <DNA repair>", "DNA repair"), ("The biological process is: x: y", "x: y"),
-    ("Answer: cell (a\nb) cycle", "cell cycle"), ("The process of sleep", "The process of sleep")])
+    ("Answer: cell (a\nb) cycle", "cell cycle"), ("The process of sleep", "The process of sleep"),
+    ("Hm.\nProcess: sleep?\n</think>\n\nProcess: DNA repair", "DNA repair")])
 def test_what_a_model_named(text, name):
     assert process_name(text) == name
 
