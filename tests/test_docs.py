@@ -49,7 +49,7 @@ OTHER_PATHS = re.compile(r"""
     | table\.txt | checkpoint/.* | model/.* | tensorboard/ | wandb/ | seed-S/.* | demo-\*\.png | look(-curves|-2)?\.(png|html)
     | .*\b[A-Z]{3,}\b.*                                    # FILE.jsonl, DIR/..., tasks/NAME.py
     | tokenizer(_config)?\.json | chat_template\.jinja | (model|pytorch_model)[\w*.-]*\.(safetensors|bin)
-    | HuggingFaceTB/[\w.-]+ | openai-community/[\w.-]+ | Datasets/.* | BP_terms_All\.csv | trainer_utils\.py
+    | (HuggingFaceTB|openai-community|deepseek-ai)/[\w.-]+ | Datasets/.* | BP_terms_All\.csv | trainer_utils\.py
     """, re.X)
 EXTENSIONS = (".py", ".md", ".json", ".jsonl", ".txt", ".png", ".html", ".cff", ".toml", ".yml", ".csv", ".pt", ".sh")
 # Names of other people's code.

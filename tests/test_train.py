@@ -343,9 +343,9 @@ def published_config(name):
     return hf.config_from_dict({"architectures": [family + "ForCausalLM"], "max_position_embeddings": 32768, **dict(zip(keys, sizes))})
 
 
-def table_of_performance(section):
-    """The first table of a section of docs/performance.md: {first cell of a row: the others}."""
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split(f"\n## {section}\n")[1]
+def table_of(page, section):
+    """The first table of a section of a page of docs/: {first cell of a row: the others}."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"\n## {section}\n")[1]
     lines = itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
     return {cells[0]: cells[1:] for cells in rows}
@@ -353,7 +353,7 @@ def table_of_performance(section):
 
 @pytest.mark.slow
 def test_the_memory_table_of_the_docs_is_what_the_program_computes():
-    rows = table_of_performance("Memory")
+    rows = table_of("performance.md", "Memory")
     gpus = [int(cell.split()[0]) for cell in rows.pop("model")[3:]]
     assert rows.keys() - {"---"} == set(SMALL_ENOUGH)
     for name in SMALL_ENOUGH:
@@ -365,7 +365,7 @@ def test_the_memory_table_of_the_docs_is_what_the_program_computes():
 
 @pytest.mark.slow
 def test_the_table_of_shards_is_what_the_program_computes():
-    rows = table_of_performance("A model over many GPUs")
+    rows = table_of("performance.md", "A model over many GPUs")
     assert rows.pop("model")[1:] == [f"{what}, {ranks}" for what in ("full", "LoRA") for ranks in (8, 16, 64)]
     assert rows.keys() - {"---"} == {"Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B", "Llama-3.1-70B"}
     for name in rows.keys() - {"---"}:
@@ -376,6 +376,16 @@ def test_the_table_of_shards_is_what_the_program_computes():
             bold = "**" if held + gathered < 0.75 * 80 else ""
             expected.append(f"{bold}{held:.1f} + {gathered:.1f}{bold}")
         assert rows[name][1:] == expected
+
+
+@pytest.mark.slow
+def test_the_table_of_the_recipe_is_what_the_program_computes():
+    rows = table_of("recipe.md", "Train")
+    for base, name in (("14B", "Qwen2.5-14B"), ("32B", "Qwen2.5-32B"), ("70B", "Llama-3.1-70B")):
+        c = published_config(name)
+        held, gathered = (n / 1e9 for n in train.training_bytes(c, train.Settings(lora_rank=16, shard="all"), torch.bfloat16, 8))
+        inputs = 4 * c.n_layer * 8192 * c.n_embd / 1e9
+        assert rows[base] == [f"{held:.1f} + {gathered:.1f}", f"{inputs:.1f}", f"{held + gathered + inputs:.0f}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
