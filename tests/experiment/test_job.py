@@ -169,7 +169,9 @@ def test_eight_ranks_print_what_one_does(tmp_path):
         folder = tmp_path / f"{ranks} {shard}"
         folder.mkdir()
         result = forked(ranks, ROOT / "tests" / "experiment" / "small_job.py", *argv, "--shard", shard, cwd=folder)
-        assert (result.returncode, result.stderr) == (0, ""), result.stderr
+        # Where this is slow, one rank says how far it has come.
+        errors = [line for line in result.stderr.splitlines() if not line.startswith("rows of ")]
+        assert (result.returncode, errors) == (0, [])
         assert result.stdout.count("WHAT EACH LOSS LEARNT") == 1
         assert [line.split()[:2] for line in result.stdout.splitlines()].count(["seed", "0"]) == 3
         models = json.loads((folder / "runs" / "demo" / "results.json").read_text())["models"]
