@@ -365,6 +365,7 @@ class Linear(nn.Linear):
     def add_lora(self, rank, alpha):
         self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features, dtype=torch.float32))
         self.lora_b = nn.Parameter(self.weight.new_empty(self.out_features, rank, dtype=torch.float32))
+        self.alpha = alpha
         self.scale = alpha / rank
 
     def forward(self, x):

@@ -85,6 +85,8 @@ class Settings:
     lora_rank: int = flag(0, "rank of adapters (LoRA) on all linear layers of the blocks; 0: train all weights",
                           at_least=0)
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / rank; 0: twice the rank", at_least=0)
+    adapter: str = flag("", "adapters to go on from, with their rank and alpha: a directory in PEFT's format, such as "
+                        "OUT/adapter of a run, or a repository id; --init is the model that they were trained on")
     save_every: int = flag(500, "steps between checkpoints; 0: only at the end", at_least=0)
     eval_every: int = flag(0, "steps between validations; 0: only before the first step and after the last",
                            at_least=0)
@@ -105,7 +107,7 @@ class Settings:
 
 
 NOT_IN_THE_DEFAULT_JOB = ("val_data", "prompt_template", "response_template", "tokenizer", "chat_format", "max_length",
-                          "report")
+                          "report", "adapter")
 
 
 def parse_settings(argv):
@@ -139,10 +141,10 @@ def check_settings(settings):
     """Raises UserError for what cannot be meant."""
     check_bounds(settings)
     parse_templates(settings.prompt_template, settings.response_template)
-    if settings.lora_alpha and not settings.lora_rank:
+    if settings.lora_alpha and not settings.lora_rank and not settings.adapter:
         raise UserError("--lora-alpha needs --lora-rank")
-    if settings.lora_rank and settings.init == "scratch":
-        raise UserError("--lora-rank adapts a trained model; --init scratch has random weights")
+    if settings.init == "scratch" and (settings.lora_rank or settings.adapter):
+        raise UserError("--lora-rank and --adapter are for a trained model; --init scratch has random weights")
     if not settings.steps and settings.epochs < 1:
         raise UserError(f"--epochs is {settings.epochs}; expected at least 1")
     if settings.n_embd % settings.n_head or settings.n_embd // settings.n_head % 2:
@@ -172,6 +174,7 @@ class Start(NamedTuple):
     tokenizer: hf.Tokenizer
     chat_format: hf.ChatFormat
     directory: Path | None           # of the model; None: random weights
+    adapter: object                  # its hf.Adapter; None: none
     files: dict                      # {name: [paths]} that were read, whose digests go into config.json
 
 
@@ -183,6 +186,8 @@ def finetune(settings, ranks):
     if ranks.rank == 0:
         check_packages(settings.report)
     start = open_start(settings)
+    if start.adapter:
+        settings = settings_of_adapter(settings, start, ranks)
     check_memory(start.config, settings, ranks)
     settings = replace(settings, chat_format=start.chat_format.name)
     if start.chat_format.warning:
@@ -210,6 +215,23 @@ def finetune(settings, ranks):
         ranks.print(f"{objective}: the model is in {directory}")
 
 
+def settings_of_adapter(settings, start, ranks):
+    """With the rank and alpha of --adapter, and its directory. Raises UserError where others were asked for."""
+    adapter = start.adapter
+    if settings.lora_rank not in (0, adapter.rank) or settings.lora_alpha not in (0, adapter.alpha):
+        raise UserError(f"--lora-rank is {settings.lora_rank} and --lora-alpha {settings.lora_alpha:g}, in --adapter "
+                        f"{settings.adapter} they are {adapter.rank} and {adapter.alpha:g}; expected those, or no flag")
+    base = name_of_base(settings.init, start.directory)
+    if adapter.base and Path(adapter.base).resolve() != Path(base).resolve():
+        ranks.print(f"warning: {settings.adapter} says that it was trained on {adapter.base}; --init is {base}")
+    return replace(settings, adapter=str(adapter.directory), lora_rank=adapter.rank, lora_alpha=adapter.alpha)
+
+
+def name_of_base(init, directory):
+    """What an adapter calls the model that it was trained on: a repository id, or the directory."""
+    return str(directory) if Path(init).is_dir() else init
+
+
 def warn_of_frozen_tokens(start, ranks):
     """Adapters leave the embedding as it is: tokens that were never trained are never learnt."""
     untrained = hf.untrained_tokens(start.directory, start.tokenizer, start.chat_format.tokens)
@@ -224,6 +246,7 @@ def open_start(settings):
     files = {"data": settings.data}
     if settings.val_data:
         files["val_data"] = settings.val_data
+    adapter = None
     if settings.init == "scratch":
         if not settings.tokenizer:
             raise UserError("--init scratch needs --tokenizer: a directory with tokenizer.json, or a tiktoken name")
@@ -231,17 +254,26 @@ def open_start(settings):
         config = scratch_config(settings, tokenizer)
     else:
         directory, config, tokenizer = hf.open_model(settings.init, settings.tokenizer)
-        out = Path(settings.out).resolve()
-        if out == directory.resolve() or out in directory.resolve().parents:
-            raise UserError(f"--out {settings.out} holds the model of --init; expected another directory")
+        check_apart(settings.out, directory, "the model of --init")
         files["init"] = [directory / "config.json", *hf.weight_files(directory)]
+        if settings.adapter:
+            adapter = hf.open_adapter(settings.adapter, config)
+            check_apart(settings.out, adapter.directory, "the adapters of --adapter")
+            files["adapter"] = hf.adapter_files(adapter.directory)
     if tokenizer.path:
         files["tokenizer"] = [tokenizer.path]
         # They name the end of a text, and have the chat template.
         beside = [tokenizer.path.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja")]
         files["tokenizer"] += [path for path in beside if path.is_file()]
     chat_format = hf.load_chat_format(None if settings.tokenizer else directory, tokenizer, settings.chat_format)
-    return Start(config, tokenizer, chat_format, directory, files)
+    return Start(config, tokenizer, chat_format, directory, adapter, files)
+
+
+def check_apart(out, directory, what):
+    """Raises UserError where a run into `out` would write over what it starts from."""
+    out, directory = Path(out), directory.resolve()
+    if out.resolve() in (directory, *directory.parents):
+        raise UserError(f"--out {out} holds {what}; expected another directory")
 
 
 def scratch_config(settings, tokenizer):
@@ -341,6 +373,8 @@ def train(settings, objective, out, record, config, start, samples, validation, 
     dtype = compute_dtype(settings.dtype, ranks.device)
     model = prepare_model(config, start, settings, dtype, ranks)
     check_weights_on_record(start, record, ranks)
+    if settings.adapter:
+        check_unchanged(record, "adapter", hf.adapter_files(settings.adapter), ranks)
     trained = trained_parameters(model)
     optimizer = make_optimizer(trained, settings)
     first_step = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)   # steps done
@@ -401,6 +435,8 @@ def prepare_model(config, start, settings, dtype, ranks):
         hf.fill_weights(model, start, ranks.device)
     torch.manual_seed(settings.seed)
     draw_parameters(model, ranks.device)                                  # all of them, or adapters
+    if settings.adapter:
+        hf.fill_adapter(model, settings.adapter)
     model.recompute = settings.recompute
     return model
 
@@ -577,11 +613,15 @@ def check_numbers(model, trained, optimizer, step, ranks):
 
 
 def save_result(out, model, start, record, extra_files, ranks):
-    """The trained model as a Hugging Face directory, with the files that go with it. Raises UserError."""
+    """The trained model as a Hugging Face directory, with the files that go with it, and before it what was trained of
+    adapters. Raises UserError."""
     directory = out / "model"
     is_first = ranks.rank == 0
     # Adapters go into the weights as they were, not as they were rounded for training.
-    base = start if record["settings"]["lora_rank"] else None
+    base = None
+    if record["settings"]["lora_rank"]:
+        base = start
+        hf.save_adapter(model, out / "adapter", name_of_base(record["settings"]["init"], start), writes=is_first)
     if is_first:
         directory.mkdir(exist_ok=True)
         for name, content in extra_files.items():
@@ -800,7 +840,8 @@ def check_memory(config, settings, ranks):
     ways = [{"shard": "all"}, {"lora_rank": 16}, {"shard": "all", "lora_rank": 16}]
     advice = "expected a smaller model, more memory, or more GPUs and --shard all"
     for way in ways:
-        if needed(way) <= room and not (settings.init == "scratch" and "lora_rank" in way):
+        takes_any_rank = settings.init != "scratch" and not settings.adapter
+        if needed(way) <= room and (takes_any_rank or "lora_rank" not in way):
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in way.items())
             advice = f"this needs {needed(way) / 1e9:.0f} GB: {ranks.command()} {flags}"
             break

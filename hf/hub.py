@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 
-# What we read (of an adapter, that it is one), and nothing that is a pickle or a program.
-PATTERNS = ["config.json", "generation_config.json", "adapter_config.json", "model*.safetensors",
-            "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-            "chat_template.jinja"]
+# What we read, and nothing that is a pickle or a program.
+PATTERNS = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+            "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "special_tokens_map.json", "chat_template.jinja"]
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -20,7 +20,7 @@ def find_directory(name):
         return Path(name)
     if Path(name).is_file():
         raise FileNotFoundError(f"{name} is a file; expected the directory of a model, which holds config.json and "
-                                "safetensors files")
+                                "safetensors files, or of an adapter")
     if not REPOSITORY_ID.fullmatch(str(name)):
         raise FileNotFoundError(f"{name}: no such directory; expected one, or a Hugging Face repository id such as "
                                 "openai-community/gpt2")

@@ -12,6 +12,7 @@ MIB = 2 ** 20
 MOST_BYTES = {
     "config.json": MIB,
     "generation_config.json": MIB,
+    "adapter_config.json": MIB,
     "chat_template.jinja": MIB,
     "special_tokens_map.json": MIB,
     "added_tokens.json": MIB,

@@ -30,7 +30,7 @@ ROWS_OF_TOKENS = ("model.embed_tokens.weight", EMBEDDING, "transformer.wte.weigh
 # What a directory without a model may hold instead, and what to do about it.
 OTHER_FILES = {
     "adapter_config.json": "an adapter of PEFT's; expected a whole model: merge the adapter into its base "
-                           "(merge_and_unload) and save that",
+                           "(merge_and_unload) and save that, or train on from it by --init BASE --adapter DIR",
     "*.gguf": "which is not read; expected safetensors files: the model that it was made from",
     "pytorch_model*.bin": "a pickle, which is a program and is not read; expected safetensors files, which "
                           "transformers' save_pretrained writes",
@@ -104,11 +104,16 @@ def fill_model(model, directory, place=lambda rows, p: rows):
 
 def refuse_misfits(misfits, directory):
     if misfits:
-        names = ", ".join(sorted(misfits)[:5])
-        if len(misfits) > 5:
-            names += f" and {len(misfits) - 5} more"
         raise ValueError(f"{directory} does not fit its config.json: missing, unexpected, twice or of another shape: "
-                         f"{names}")
+                         f"{first_names(misfits)}")
+
+
+def first_names(names):
+    """For an error: the first of them, and how many more there are."""
+    text = ", ".join(sorted(names)[:5])
+    if len(names) > 5:
+        text += f" and {len(names) - 5} more"
+    return text
 
 
 def tensors_on_meta(files, gpt2):

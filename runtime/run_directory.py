@@ -4,7 +4,8 @@
     metrics.jsonl             a line a step
     ref_logp.safetensors      log p_t under the weights that it started from, for an objective that needs it
     checkpoint/step-N/        weights that are trained, and the optimizer's state
-    model/                    the result as a Hugging Face directory
+    adapter/                  of a run with adapters: these, as PEFT has them
+    model/                    the result as a Hugging Face directory, adapters merged
     writer.lock               while it is written: see runtime/one_writer.py
     tensorboard/, wandb/      what --report wrote
 """
@@ -40,7 +41,7 @@ WITHOUT_EFFECT = {"out", "save_every", "eval_every", "log_every", "keep", "resum
 ROUNDING = {"micro_tokens", "compile", "recompute", "shard", "device", "world_size", "threads", "git_commit", "python",
             "torch", "numpy", "tiktoken"}
 # What --no-resume deletes, and what it writes anew.
-DIRECTORIES = ("checkpoint", "model", "tensorboard", "wandb")
+DIRECTORIES = ("checkpoint", "adapter", "model", "tensorboard", "wandb")
 FILES = ("config.json", "metrics.jsonl", "ref_logp.safetensors")
 # What cannot be config.json of a run.
 NOT_A_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
