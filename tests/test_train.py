@@ -16,7 +16,7 @@ import pytest
 import split_worker
 import torch
 from forked import forked
-from support import ASSETS, ROOT, SMALL, call, count_compiled_rows, metrics, tiny, torchrun
+from support import ASSETS, ROOT, SMALL, call, count_compiled_rows, metrics, save_with_tokenizer, tiny, torchrun
 from test_bft import reference
 from test_data import BAD_LINES
 from test_model import by_definition
@@ -748,6 +748,11 @@ MISTAKES = {
     "another's model": (["--data", "good.jsonl", "--init", "mamba"], f"{Path('mamba/config.json')}: architecture MambaForCausalLM"),
     "its chat tokens lack": (["--data", "good.jsonl", "--chat-format", "chatml"], "chat format chatml needs the special token <|im_start|>"),
     "adapters on random weights": (["--data", "good.jsonl", "--lora-rank", "4"], "--init scratch has random weights"),
+    "--adapter on random weights": (["--data", "good.jsonl", "--adapter", "nowhere"], "--init scratch has random weights"),
+    "--adapter without a model": (["--adapter", "nowhere"], "--adapter: not for the default job; expected --init and --data with it"),
+    "no such adapter": (["--data", "good.jsonl", "--init", "base", "--adapter", "nowhere"], "nowhere: no such directory"),
+    "no adapter": (["--data", "good.jsonl", "--init", "base", "--adapter", "base"], "base: no adapter there; expected adapter_config.json"),
+    "adapters of some layers": (["--data", "good.jsonl", "--init", "base", "--adapter", "some"], "has no adapter of model.layers.1.mlp.up_proj;"),
     "alpha alone": (["--data", "good.jsonl", "--lora-alpha", "4"], "--lora-alpha needs --lora-rank"),
     "alpha not finite": (["--data", "good.jsonl", "--lora-rank", "4", "--lora-alpha", "inf"], "--lora-alpha is inf"),
     "seed too large": (["--data", "good.jsonl", "--seed", "5000000000"], "--seed is 5000000000"),
@@ -765,8 +770,13 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(mistake, tmp_path, monkeyp
     for other in ("other", "outs/bft"):
         (tmp_path / other).mkdir(parents=True)
         (tmp_path / other / "thesis.txt").write_text("")
-    for name in ("damaged", "mamba"):
-        hf.save_model(tiny(vocab_size=hf.load_tokenizer(ASSETS).n_vocab), tmp_path / name)
+    model = tiny(vocab_size=hf.load_tokenizer(ASSETS).n_vocab)
+    for name in ("damaged", "mamba", "base"):
+        save_with_tokenizer(model, tmp_path / name)
+    model.add_lora(2, 4)
+    hf.save_adapter(model, tmp_path / "some", "base")
+    adapters = tmp_path / "some" / "adapter_model.safetensors"
+    save_safetensors({name: t for name, t in load_safetensors(adapters).items() if "1.mlp.up_proj" not in name}, adapters)
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"cut short")
     config = (tmp_path / "mamba" / "config.json").read_text()
     (tmp_path / "mamba" / "config.json").write_text(config.replace("LlamaFor", "MambaFor"))
@@ -774,7 +784,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(mistake, tmp_path, monkeyp
         line, _ = BAD_LINES[mistake]
         (tmp_path / "case.jsonl").write_bytes(good.encode() + (line if isinstance(line, bytes) else line.encode()))
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    flags = [*(SMALL if mistake != "flags of another job" else []), "--out", "run", *argv]
+    flags = [*(SMALL if mistake not in ("flags of another job", "--adapter without a model") else []), "--out", "run", *argv]
     assert call(monkeypatch, *flags) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and error.startswith("error: ")
