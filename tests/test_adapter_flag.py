@@ -18,7 +18,7 @@ from runtime.ranks import Ranks
 
 
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48,
-        "n_positions": 512}
+        "n_positions": 512, "layer_norm_epsilon": 1e-6}
 FAMILIES = {"llama": {}, "gpt2": GPT2}
 
 

@@ -244,6 +244,20 @@ def test_a_directory_without_an_adapter_is_named(tmp_path):
         hf.open_adapter(tmp_path / "adapter", config)
 
 
+@pytest.mark.parametrize("name", [A, B])
+def test_of_an_adapter_regular_files_of_its_kind_are_read(name, tmp_path):
+    hf.save_adapter(with_adapters(tiny()), tmp_path, None)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{name} is, or leads to, /dev/zero; expected a regular file"):
+        hf.open_adapter(tmp_path, tiny().config)
+    (tmp_path / name).unlink()
+    with open(tmp_path / name, "wb") as f:
+        f.truncate(60 * 2 ** 30)                                          # which takes no room on the disk
+    with pytest.raises(UserError, match=f"{name} (has {60 * 2 ** 30} bytes; expected {2 ** 20} at most|is not a safetensors file)"):
+        hf.open_adapter(tmp_path, tiny().config)
+
+
 def test_an_adapter_without_its_configuration_is_unfinished(tmp_path, monkeypatch):
     """It is written last."""
     monkeypatch.setattr(hf.adapter, "write_whole", lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left", str(path))))

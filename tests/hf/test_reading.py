@@ -105,7 +105,7 @@ def test_links_elsewhere_are_followed(work, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MOST_BYTES)
+@pytest.mark.parametrize("name", sorted(MOST_BYTES.keys() - {"adapter_config.json"}))   # that one: test_adapter.py
 def test_a_file_that_is_larger_than_any_is_not_read(work, monkeypatch, capsys, name):
     if name == "model.safetensors.index.json":
         os.remove("model/model.safetensors")
