@@ -46,7 +46,7 @@ FOREIGN_FLAGS = {
 # Paths that are none of the repository's: what runs write, what models and users have, and placeholders.
 OTHER_PATHS = re.compile(r"""
     runs/.* | .*\.unfinished\.json | (config|results|look|choice|state|generation_config)\.json | metrics\.jsonl
-    | table\.txt | checkpoint/.* | model/.* | tensorboard/ | wandb/ | seed-S/.* | demo-\*\.png | look(-curves|-2)?\.(png|html)
+    | table\.txt | checkpoint/.* | model/.* | adapter/ | tensorboard/ | wandb/ | seed-S/.* | demo-\*\.png | look(-curves|-2)?\.(png|html)
     | .*\b[A-Z]{3,}\b.*                                    # FILE.jsonl, DIR/..., tasks/NAME.py
     | tokenizer(_config)?\.json | chat_template\.jinja | (model|pytorch_model)[\w*.-]*\.(safetensors|bin)
     | (HuggingFaceTB|openai-community|deepseek-ai)/[\w.-]+ | Datasets/.* | BP_terms_All\.csv | trainer_utils\.py

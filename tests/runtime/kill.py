@@ -85,6 +85,9 @@ def assert_same(a, b):
     """Two finished runs have the same log, weights and optimizer, to the bit."""
     assert metrics(a) == metrics(b)
     assert contents(a / "model") == contents(b / "model")
+    assert (a / "adapter").exists() == (b / "adapter").exists()
+    if (a / "adapter").exists():
+        assert contents(a / "adapter") == contents(b / "adapter")
     (ours, our_state), (theirs, their_state) = (checkpoint_of(out / "checkpoint" / f"step-{STEPS}") for out in (a, b))
     assert ours == theirs and our_state == their_state
 

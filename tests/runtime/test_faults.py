@@ -430,7 +430,7 @@ def make_dangling(path):
 
 
 @pytest.mark.parametrize("make, names, flags, words", [
-    (make_file, ["model", "checkpoint", "tensorboard", "wandb"], [], "is no directory that can be written to; expected a new path, or a run"),
+    (make_file, ["model", "adapter", "checkpoint", "tensorboard", "wandb"], [], "is no directory that can be written to; expected a new path, or a run"),
     (make_dangling, ["model", "checkpoint"], [], "is no directory that can be written to; expected a new path, or a run"),
     (make_directory, ["metrics.jsonl", "config.json"], [], "is no regular file; expected a new path, or a run"),
     (make_link, ["model", "checkpoint"], ["--no-resume"], "is a link, through which --no-resume deletes nothing; remove it, or name another --out"),
