@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import os
 import random
 import sys
 import time
@@ -222,7 +223,7 @@ def settings_of_adapter(settings, start, ranks):
         raise UserError(f"--lora-rank is {settings.lora_rank} and --lora-alpha {settings.lora_alpha:g}, in --adapter "
                         f"{settings.adapter} they are {adapter.rank} and {adapter.alpha:g}; expected those, or no flag")
     base = name_of_base(settings.init, start.directory)
-    if adapter.base and Path(adapter.base).resolve() != Path(base).resolve():
+    if adapter.base and os.path.abspath(adapter.base) != os.path.abspath(base):
         ranks.print(f"warning: {settings.adapter} says that it was trained on {adapter.base}; --init is {base}")
     return replace(settings, adapter=str(adapter.directory), lora_rank=adapter.rank, lora_alpha=adapter.alpha)
 

@@ -32,8 +32,9 @@ SUPPORTED = {"peft_type": ("LORA",), "bias": ("none",),
 # off.
 NOT_READ = ("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
             "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-            "peft_version", "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type",
-            "rank_pattern", "alpha_pattern")                              # these two: see `read_options`
+            "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
+            # Looked at by themselves.
+            "rank_pattern", "alpha_pattern")
 EXPECTED = ("expected LoRA on all linear layers of the blocks and on nothing else, as --lora-rank makes it; or merge "
             "the adapter into its base (PEFT's merge_and_unload), and start from that")
 
@@ -78,7 +79,7 @@ def fill_adapter(model, directory):
             if not all_finite(t):
                 raise ValueError(f"{file}: {name_in_file} has values that are infinite or no numbers (NaN)")
             names = places[name_in_file].names
-            for name, part in zip(names, cut(name_in_file, t, len(names), adapter, file)):
+            for name, part in zip(names, cut(name_in_file, t, len(names), adapter)):
                 p = model.get_parameter(name)
                 with torch.no_grad():
                     local(p).copy_(my_rows(part, p))
@@ -100,8 +101,11 @@ def read_options(directory, config):
     if not isinstance(options, dict):
         raise ValueError(f"{path} is not the configuration of an adapter; expected an object")
     for key, value in {"peft_type": None, **options}.items():
-        is_off = not value and key not in SUPPORTED
-        if key not in NOT_READ and not is_off and value not in SUPPORTED.get(key, ()):
+        if key in SUPPORTED:
+            is_supported = value in SUPPORTED[key]
+        else:
+            is_supported = key in NOT_READ or not value
+        if not is_supported:
             raise ValueError(f"{path}: {key} is {value!r}, which is not supported; {EXPECTED}")
     rank, alpha = options.get("r"), options.get("lora_alpha")
     if type(rank) is not int or type(alpha) not in (int, float) or not 0 < rank < 2 ** 31 or not 0 < alpha < 2 ** 31:
@@ -136,7 +140,7 @@ def check_tensors(model, adapter):
     return places
 
 
-def cut(name, t, count, adapter, file):
+def cut(name, t, count, adapter):
     """The tensors of `count` layers of ours from that of their layer in the file: A (r, in) or B (out, r)."""
     if name.endswith("lora_A.weight"):
         return t.chunk(count) if adapter.stacked else [t] * count
@@ -145,8 +149,8 @@ def cut(name, t, count, adapter, file):
         return rows
     blocks = [part.chunk(count, 1)[i] for i, part in enumerate(rows)]
     if not torch.equal(torch.block_diag(*blocks), t):
-        raise ValueError(f"{file}: {name} mixes queries, keys and values; expected zeros outside of {count} blocks on "
-                         "its diagonal, as train.py writes it")
+        raise ValueError(f"{adapter.directory}: {name} mixes queries, keys and values; expected zeros outside of "
+                         f"{count} blocks on its diagonal, as train.py writes it")
     return blocks
 
 
@@ -218,11 +222,11 @@ def layers_in_file(model):
     layers = {}
     for name, module in model.layers.named_modules(prefix="layers"):
         if isinstance(module, Linear):
-            layers.setdefault(PREFIX + name_in_file(name, is_gpt2(model.config)), []).append(name)
+            layers.setdefault(PREFIX + name_for_file(name, is_gpt2(model.config)), []).append(name)
     return layers
 
 
-def name_in_file(name, gpt2):
+def name_for_file(name, gpt2):
     if not gpt2:
         return f"model.{name}"
     name = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj") + "."

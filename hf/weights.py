@@ -30,7 +30,7 @@ ROWS_OF_TOKENS = ("model.embed_tokens.weight", EMBEDDING, "transformer.wte.weigh
 # What a directory without a model may hold instead, and what to do about it.
 OTHER_FILES = {
     "adapter_config.json": "an adapter of PEFT's; expected a whole model: merge the adapter into its base "
-                           "(merge_and_unload) and save that, or train on from it by --init BASE --adapter DIR",
+                           "(merge_and_unload) and save that; train.py takes it too, as --init BASE --adapter DIR",
     "*.gguf": "which is not read; expected safetensors files: the model that it was made from",
     "pytorch_model*.bin": "a pickle, which is a program and is not read; expected safetensors files, which "
                           "transformers' save_pretrained writes",

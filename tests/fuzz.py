@@ -224,6 +224,25 @@ def directory_of_a_model(directory, rng, made):
     return "loaded"
 
 
+def adapter(directory, rng, made):
+    """A model with it is saved with the numbers of the file."""
+    name = rng.choice(sorted(made["adapters"]))
+    model, source = hf.load_model(made["models"] / name), made["adapters"][name]
+    shutil.copytree(source, directory, dirs_exist_ok=True)
+    spoil_file(rng.choice(sorted(directory.iterdir())), rng)
+    opened, error = refusal(lambda: hf.open_adapter(directory, model.config), directory, UserError)
+    if error:
+        return "refused"
+    model.add_lora(opened.rank, opened.alpha)
+    _, error = refusal(lambda: hf.fill_adapter(model, directory), directory, UserError)
+    if error:
+        return "refused"
+    hf.save_adapter(model, directory / "again", None)
+    again, before = (load_safetensors(path / "adapter_model.safetensors") for path in (directory / "again", directory))
+    assert again.keys() == before.keys() and all(torch.equal(again[name], t.float()) for name, t in before.items())
+    return "loaded"
+
+
 def checkpoint(directory, rng, made):
     """What is loaded is what was saved, weights and moments, to the bit."""
     source, saved = made["checkpoint"]
@@ -275,7 +294,7 @@ def train_in(directory):
 
 def make(directory):
     """Whole inputs, to be spoilt."""
-    made = {"tokenizer": hf.load_tokenizer(ASSETS), "tokenizers": directory / "tokenizers", "models": directory / "models"}
+    made = {"tokenizer": hf.load_tokenizer(ASSETS), "tokenizers": directory / "tokenizers", "models": directory / "models", "adapters": {}}
     (made["tokenizers"] / "assets").mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / name, made["tokenizers"] / "assets" / name)
@@ -292,6 +311,13 @@ def make(directory):
         hf.weights.FILE_BYTES = limit
         (made["models"] / name / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4], "temperature": 0.5}))
         (made["models"] / name / "chat_template.jinja").write_text(TEMPLATE)
+    for name in ("gpt2", "llama"):
+        model = hf.load_model(made["models"] / name)
+        model.add_lora(2, 3)
+        for layer in model.layers:
+            torch.nn.init.normal_(layer.self_attn.q_proj.lora_b)
+        made["adapters"][name] = directory / "adapters" / name
+        hf.save_adapter(model, made["adapters"][name], name)
     net = tiny(vocab_size=len(SPECIAL))
     optimizer = torch.optim.AdamW(net.parameters())
     net(torch.zeros(1, 5, dtype=torch.int64)).sum().backward()
@@ -305,11 +331,12 @@ def make(directory):
     made["result"] = (run / "out" / "model" / "model.safetensors").read_bytes()
     made["contents"] = json.loads((run / "out" / "config.json").read_text())["sha256"]
     shutil.rmtree(run / "out" / "checkpoint" / "step-4")                  # it is to go on from step 2
-    shutil.rmtree(run / "out" / "model")
+    for part in ("model", "adapter"):
+        shutil.rmtree(run / "out" / part)
     return {**made, "checkpoint": (directory / "checkpoint", tensors(dict(net.named_parameters()), optimizer))}
 
 
-TARGETS = {"jsonl": jsonl, "tokenizer": tokenizer, "model": directory_of_a_model, "checkpoint": checkpoint, "run": whole_run}
+TARGETS = {"jsonl": jsonl, "tokenizer": tokenizer, "model": directory_of_a_model, "adapter": adapter, "checkpoint": checkpoint, "run": whole_run}
 
 
 class TooLong(BaseException):

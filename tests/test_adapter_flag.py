@@ -34,6 +34,10 @@ def folder(request, tmp_path_factory):
     return path
 
 
+# Where it makes no difference.
+on_one_family = pytest.mark.parametrize("folder", ["llama"], indirect=True)
+
+
 def argv_of(folder, *more):
     """Four steps, with a checkpoint after each second one."""
     return ["--init", folder / "base", "--data", folder / "data.jsonl", "--val-data", folder / "data.jsonl", "--dtype", "float32", "--lr", 1e-2,
@@ -158,6 +162,7 @@ def double(directory):
     save_safetensors({name: 2 * t for name, t in load_safetensors(file).items()}, file)
 
 
+@on_one_family
 def test_another_adapter_is_another_run(folder, copy, tmp_path, monkeypatch, capsys):
     argv = argv_of(folder, "--adapter", copy, "--out", tmp_path / "run")
     assert call(monkeypatch, *argv) == 0
@@ -170,6 +175,7 @@ def test_another_adapter_is_another_run(folder, copy, tmp_path, monkeypatch, cap
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@on_one_family
 def test_an_adapter_that_changes_between_two_objectives_ends_the_run(folder, copy, tmp_path, monkeypatch, capsys):
     save_adapter = train.hf.save_adapter
 
@@ -184,12 +190,14 @@ def test_an_adapter_that_changes_between_two_objectives_ends_the_run(folder, cop
     assert (tmp_path / "run" / "bft" / "model" / "config.json").is_file() and not (tmp_path / "run" / "sft" / "checkpoint").exists()
 
 
+@on_one_family
 def test_a_run_without_adapters_leaves_none(folder, tmp_path, monkeypatch):
     assert call(monkeypatch, *goes_on(folder), "--steps", 1, "--out", tmp_path / "run") == 0
     assert call(monkeypatch, *argv_of(folder, "--steps", 1), "--out", tmp_path / "run", "--no-resume") == 0
     assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / "adapter").exists()
 
 
+@on_one_family
 def test_what_a_run_starts_from_is_not_overwritten(folder, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in (folder / "first").rglob("*") if path.is_file()}
     for out in (folder / "first", folder / "first" / "adapter"):
@@ -198,6 +206,7 @@ def test_what_a_run_starts_from_is_not_overwritten(folder, monkeypatch, capsys):
     assert before == {path: path.read_bytes() for path in (folder / "first").rglob("*") if path.is_file()}
 
 
+@on_one_family
 @pytest.mark.parametrize("flags, rank, alpha", [(["--lora-rank", 4], 4, 0), (["--lora-alpha", 6], 0, 6), (["--lora-rank", 3, "--lora-alpha", 6], 3, 6)])
 def test_another_rank_or_alpha_is_refused(flags, rank, alpha, folder, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *goes_on(folder, *flags), "--out", tmp_path / "run") == 2
@@ -206,14 +215,16 @@ def test_another_rank_or_alpha_is_refused(flags, rank, alpha, folder, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@on_one_family
 def test_an_adapter_of_another_base_is_remarked_upon(folder, copy, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder / "base", tmp_path / "elsewhere")
     argv = argv_of(folder, "--init", tmp_path / "elsewhere", "--adapter", copy, "--steps", 1, "--out", tmp_path / "run", "--no-resume")
     config = json.loads((copy / "adapter_config.json").read_text())
-    for base, expected in ((str(folder / "base"), 1), (f"{tmp_path}/./elsewhere/", 0), (None, 0), ("some/model", 1)):
+    for base, expected in ((str(folder / "base"), 1), (f"{tmp_path}/./elsewhere/", 0), (None, 0), ("some/model", 1), ("\0", 1)):
         (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
         assert call(monkeypatch, *argv) == 0
-        words = f"warning: {copy} says that it was trained on {base}; --init is {tmp_path / 'elsewhere'}"
+        shown = str(base).replace("\0", r"\x00")
+        words = f"warning: {copy} says that it was trained on {shown}; --init is {tmp_path / 'elsewhere'}"
         assert capsys.readouterr().out.count(words) == expected
 
 
@@ -228,6 +239,7 @@ def test_another_rank_is_not_proposed_for_an_adapter(monkeypatch):
             train.check_memory(published_config("Qwen2.5-7B"), settings, ranks)
 
 
+@on_one_family
 def test_an_adapter_is_no_model(folder):
     with pytest.raises(UserError, match="no model there, but adapter_config.json, an adapter of PEFT's; .* --init BASE --adapter DIR"):
         hf.open_model(folder / "first" / "adapter")
