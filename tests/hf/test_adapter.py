@@ -67,8 +67,9 @@ def test_peft_gives_our_adapters_the_logits_of_the_merged_model(family, tmp_path
     model = with_adapters(hf.load_model(tmp_path / "base"))
     hf.save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
     hf.save_model(model, tmp_path / "merged")
-    # It finds the base by its name, too.
+    # It finds the base by its name, too, and has nothing to put right.
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert theirs.peft_config["default"].fan_in_fan_out == json.loads((tmp_path / "adapter" / B).read_text())["fan_in_fan_out"]
     ids = torch.randint(97, (2, 30))
     with torch.no_grad():
         logits = theirs(ids).logits
