@@ -78,7 +78,8 @@ def main():
     jobs = read_jobs(evaluation)
     prompt = None
     if args.prompt is not None:
-        prompt = writing.encode_questions([("--prompt", args.prompt)], writing.NEW_TOKENS, evaluation)
+        question = ("--prompt", writing.question_turns(args.prompt))
+        prompt = writing.encode_questions([question], writing.NEW_TOKENS, evaluation)
     unfinished = Path(args.out).with_suffix(".unfinished.json")
     saved = False
     try:

@@ -15,6 +15,7 @@ from tasks import Answers, items_of
 from tasks.items import group_of, is_text, warn_of_template
 from tasks.scoring import Request, loglikelihood
 from tasks.statistics import MEAN, PROPORTION, Measure, summarise
+from tasks.writing import question_turns
 
 
 MEASURES = [
@@ -211,10 +212,7 @@ def requests_of(item, tokenizer, layout, chat_format, positions):
 
 def chat_context(system, prompt, chat_format):
     """(ids up to the last that is not white space, the rest) of a question in a chat format, ready for the answer."""
-    turns = [hf.Turn("user", prompt), hf.Turn("assistant", None)]
-    if system:
-        turns.insert(0, hf.Turn("system", system))
-    ids, _ = chat_format.encode(turns)
+    ids, _ = chat_format.encode(question_turns(prompt, system))
     end = len(ids)
     while not chat_format.tokenizer.decode(ids[end - 1:]).strip():
         end -= 1

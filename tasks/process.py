@@ -71,7 +71,8 @@ def load_rouge():
 
 def ask(questions, model, opened, evaluation):
     label = f"{opened.path}: process of {questions.file}"
-    texts = writing.write_answers(questions.prompts, model, opened, evaluation, label)
+    written = writing.write_answers(questions.prompts, model, opened, evaluation, label)
+    texts = [answer.text for answer in written]
     named = [process_name(text) for text in texts]
     writing.warn_of_empty(named, questions.file, opened, evaluation)
     items = []

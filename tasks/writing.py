@@ -66,18 +66,18 @@ class Prompts(NamedTuple):
 
 
 def encode_questions(questions, new_tokens, evaluation):
-    """Prompts of questions [(name, text), ...], each a user's turn in every model's chat format.
+    """Prompts of questions [(name, turns), ...] in every model's chat format.
 
-    name: what a question is called in an error. new_tokens: unless the command line says it. Raises UserError where a
-    question and its answer are longer than a model's positions.
+    name: what a question is called in an error. turns: of `question_turns`. new_tokens: unless the command line says
+    it. Raises UserError where a question and its answer are longer than a model's positions.
     """
     new_tokens = evaluation.args.max_new_tokens or new_tokens
     encoded = {}
     for path, opened in evaluation.models.items():
         warn_of_template(opened, evaluation.ranks)
         encoded[path] = []
-        for name, text in questions:
-            ids, _ = opened.chat_format.encode([hf.Turn("user", text), hf.Turn("assistant", None)])
+        for name, turns in questions:
+            ids, _ = opened.chat_format.encode(turns)
             positions = opened.config.max_positions
             if len(ids) + new_tokens > positions:
                 raise UserError(f"{path}: {name} has {len(ids)} tokens; expected, with {new_tokens} new ones, at most "
@@ -86,25 +86,42 @@ def encode_questions(questions, new_tokens, evaluation):
     return Prompts(encoded, new_tokens)
 
 
+def question_turns(text, system=""):
+    """A user's turn, after a system text if there is one, and the turn that a model is to write."""
+    turns = [hf.Turn("user", text), hf.Turn("assistant", None)]
+    if system:
+        turns.insert(0, hf.Turn("system", system))
+    return turns
+
+
 def encode_items(file, items, template, new_tokens, evaluation):
     """Prompts of what --template, or else this template, asks about each item of a file. Raises UserError."""
     template = evaluation.args.template or template
-    questions = [(f"the prompt of {item['where']}", fill(template, item)) for item in items]
+    questions = [(f"the prompt of {item['where']}", question_turns(fill(template, item))) for item in items]
     return encode_questions(questions, new_tokens, evaluation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
 
-def write_answers(prompts, model, opened, evaluation, label=None):
-    """The texts that one model writes to Prompts, as the command line says."""
+class Written(NamedTuple):
+    """What a model wrote after a prompt."""
+    text: str
+    tokens: int
+    ended: bool                      # by the model itself; False: it ran out of new tokens
+
+
+def write_answers(prompts, model, opened, evaluation, label=None, samples=1):
+    """What one model writes to Prompts, as the command line says: a Written for each sample of each prompt, those of a
+    prompt one after the other."""
     args = evaluation.args
-    return write_texts(model, opened.tokenizer, prompts.ids[opened.path], opened.stop, prompts.new_tokens,
-                       args.temperature, args.seed, evaluation.dtype, label)
+    ids = [ids for ids in prompts.ids[opened.path] for _ in range(samples)]
+    return write_texts(model, opened.tokenizer, ids, opened.stop, prompts.new_tokens, args.temperature, args.seed,
+                       evaluation.dtype, label)
 
 
 def write_texts(model, tokenizer, prompts, stop, new_tokens, temperature=0.0, seed=0, dtype=torch.float32, label=None):
-    """What the model writes after each prompt, a list of ids: a list of texts. label: see `with_progress`. Raises
+    """What the model writes after each prompt, a list of ids: a list of Written. label: see `with_progress`. Raises
     UserError."""
     device = next(model.parameters()).device
     # Each id plus 1: zeros are what is not written, or another rank's.
@@ -123,8 +140,12 @@ def write_texts(model, tokenizer, prompts, stop, new_tokens, temperature=0.0, se
                 raise UserError(f"{e}; expected a model that was not ruined") from None
             for i, ids in zip(micro_batch, new):
                 table[i, :len(ids)] = ids + 1
-    written = sum_over_ranks(table) if dealt else table.cpu().numpy()
-    return [tokenizer.decode(row[row > 0] - 1) for row in written]
+    written = []
+    for row in sum_over_ranks(table) if dealt else table.cpu().numpy():
+        ids = row[row > 0] - 1
+        # The token that ends an answer is not among them.
+        written.append(Written(tokenizer.decode(ids), len(ids), ended=len(ids) < new_tokens))
+    return written
 
 
 def warn_of_empty(texts, file, opened, evaluation):
@@ -136,7 +157,7 @@ def warn_of_empty(texts, file, opened, evaluation):
 def answer_prompt(prompts, model, opened, evaluation):
     """Prints one model's answer to --prompt."""
     answer, = write_answers(prompts, model, opened, evaluation)
-    evaluation.ranks.print(f"--- {opened.path} ({opened.chat_format.name})\n{answer}")
+    evaluation.ranks.print(f"--- {opened.path} ({opened.chat_format.name})\n{answer.text}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_process_equals_the_libraries(work, monkeypatch, capsys):
     write(work / "names.jsonl", [{"process": name} for name in names])
     texts = ["Process: insulin and damages to DNA\nI think", "signals like insulin", "", "the cell cycle, G1 (a guess)"]
     real = writing.write_texts
-    monkeypatch.setattr(writing, "write_texts", lambda *rest: texts if len(real(*rest)) == len(texts) else None)
+    monkeypatch.setattr(writing, "write_texts", lambda *rest: [w._replace(text=t) for w, t in zip(real(*rest), texts, strict=True)])
     task, = evaluate(monkeypatch, work, "base", "--tasks", "process", "--data", "sets.jsonl", "--candidates", "names.jsonl", "--encoder", "self", encoder)
     truth = ["DNA damage response (p53 p21)", "Insulin like signaling", "signaling by insulin", "Cell cycle G1"]
     named = ["insulin and damages to DNA", "signals like insulin", "", "the cell cycle G1"]
@@ -103,7 +103,8 @@ def test_equal_prompts_are_continued_by_different_random_numbers(work, monkeypat
     ids = [tokenizer.encode("Why?")] * 20
     made = []
     monkeypatch.setattr(writing, "micro_batches_of_rank", lambda lengths, dealt: made.append(micro_batches_of_rank(lengths, 150, dealt)) or made[-1])
-    assert len(set(writing.write_texts(model, tokenizer, ids, (), 30, temperature=1.0))) == 20
+    written = writing.write_texts(model, tokenizer, ids, (), 30, temperature=1.0)
+    assert len({answer.text for answer in written}) == 20
     assert len(made[0]) > 3 and min(map(len, made[0])) > 1
 
 
