@@ -78,6 +78,29 @@ LAYOUTS = {
 }
 
 
+def add_layout_flag(parser):
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["cloze"], help="how questions of choice and "
+                        "answer are asked, one for all or one for each of these tasks: those with names of data sets "
+                        "as lm-evaluation-harness asks them; cloze shows no choices (default: cloze)")
+
+
+def tasks_with_layout(args):
+    return [name for name in args.tasks if name in ("choice", "answer")]
+
+
+def check_layouts(args):
+    tasks = len(tasks_with_layout(args))
+    if len(args.layout) not in (1, tasks):
+        raise UserError(f"--layout names {len(args.layout)} for {tasks} choice and answer tasks; expected one, or one "
+                        "for each")
+
+
+def layout_of(task, number, args):
+    """The name of the layout for the task's file of this number."""
+    places = [place for place, name in enumerate(tasks_with_layout(args)) if name == task]
+    return args.layout[places[number] % len(args.layout)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The task
 
@@ -89,39 +112,29 @@ class Questions(NamedTuple):
 
 
 def add_flags(parser):
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["cloze"], help="how choice questions are "
-                        "asked, one for all or one for each choice task: those with names of data sets as "
-                        "lm-evaluation-harness asks them; cloze shows no choices (default: cloze)")
+    add_layout_flag(parser)
     parser.add_argument("--chat", action="store_true", help="ask choice questions in the chat format, not plain")
 
 
 def check_flags(args):
-    tasks = args.tasks.count("choice")
-    if len(args.layout) not in (1, tasks):
-        raise UserError(f"--layout names {len(args.layout)} for {tasks} choice tasks; expected one, or one for each")
+    check_layouts(args)
 
 
 def read(file, number, evaluation):
     args = evaluation.args
-    layout = args.layout[number % len(args.layout)]
-    items = load_choice(file)[:args.limit]
-    needs = LAYOUTS[layout].needs
-    most = len(string.ascii_uppercase) if LAYOUTS[layout].letters else math.inf
-    for item in items:
-        where = item["where"]
-        if needs and not (isinstance(item.get(needs), str) and item[needs].strip()):
-            raise UserError(f"{where}: --layout {layout} shows {needs!r}; expected some text there")
-        if len(item["choices"]) > most:
-            raise UserError(f"{where}: {len(item['choices'])} choices; expected at most 26, as letters")
+    layout = layout_of("choice", number, args)
+    items = load_choice(file, layout)[:args.limit]
     if args.chat:
         for opened in evaluation.models.values():
             warn_of_template(opened, evaluation.ranks)
     return Questions(file, items, layout, args.chat)
 
 
-def load_choice(path):
+def load_choice(path, layout="cloze"):
     """Multiple-choice items, {"question", "choices", "answer", "context"?, "planted"?}: a list of dicts, each with its
-    "line" (or row), "where" it is, for errors, and "group". Raises UserError."""
+    "line" (or row), "where" it is, for errors, and "group". Raises UserError, also for what the layout cannot show."""
+    needs = LAYOUTS[layout].needs
+    most = len(string.ascii_uppercase) if LAYOUTS[layout].letters else math.inf
     items = []
     for line, where, row in read_rows(path):
         question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
@@ -135,6 +148,10 @@ def load_choice(path):
         planted = row.get("planted", 0)
         if not is_index(planted, choices):
             raise UserError(f"{where}: 'planted' is {planted!r}; expected the index of a choice, if there is any")
+        if needs and not is_text(row.get(needs)):
+            raise UserError(f"{where}: --layout {layout} shows {needs!r}; expected some text there")
+        if len(choices) > most:
+            raise UserError(f"{where}: {len(choices)} choices; expected at most 26, as letters")
         items.append({**row, "line": line, "where": where, "group": group_of(row)})
     return items
 
@@ -247,9 +264,14 @@ def record(item, loglik, requests, texts, positions):
 
 
 def finish(questions, answers, evaluation):
-    _, counts = np.unique([item["answer"] for item in questions.items], return_counts=True)
     return {"layout": questions.layout, "chat": questions.chat and evaluation.chat_formats(),
-            "majority": int(counts.max()) / len(questions.items)}
+            "majority": majority(questions.items)}
+
+
+def majority(items):
+    """The share of the most frequent answer."""
+    _, counts = np.unique([item["answer"] for item in items], return_counts=True)
+    return int(counts.max()) / len(items)
 
 
 def rows(questions, answers, details, evaluation):

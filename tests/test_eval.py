@@ -351,7 +351,7 @@ def mistakes(tmp_path_factory, tokenizer):
     (["--tasks", "nll", "--max-length", "-5"], "--max-length is -5"), (["--tasks", "nll", "--", "model"], "named twice"),
     (["--tasks", "choice", "--data", "long.jsonl"], "the choice 'c c c c"), (["--tasks", "choice", "--limit", "0"], "--limit is 0"),
     (["--tasks", "choice", "--data", "long.jsonl", "--layout", "pubmedqa"], "long.jsonl:1: --layout pubmedqa shows 'context'"),
-    (["--tasks", "choice", "--data", "long.jsonl", "--layout", "mmlu", "medqa"], "--layout names 2 for 1 choice tasks"),
+    (["--tasks", "choice", "--data", "long.jsonl", "--layout", "mmlu", "medqa"], "--layout names 2 for 1 choice and answer tasks"),
     (["--tasks", "profile"], "the profile task needs --labels"), (["--tasks", "nll", "--template", "{x}"], "--template is of process and profile alone"),
     (["--tasks", "nll", "--encoder", "x"], "--encoder is of process and profile alone"),
     (["--tasks", "nll", "--prompt-template", "{prompt}"], "go together"), (["--tasks", "inspect", "--response-template", "{x}"], "go together"),
