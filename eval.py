@@ -12,6 +12,8 @@ place:
     nll       samples (any shape of data.py): NLL and perplexity per response token, minimum group confidence
     choice    {"question", "choices", "answer", "context"?, "subject"?}: multiple choice by log-likelihood, asked as
               --layout says; acc, acc_norm (by characters) and acc_bytes as lm-evaluation-harness defines them
+    answer    the same files, asked in words: the model writes, and what it answers is read out of its text; right, no
+              answer, out of budget. --samples draws several texts for each question
     process   {"genes": [...], "process"}: the model names the process behind a set of genes; ROUGE, and similarity to
               the true name by --encoder, as GeneAgent's evaluation has them
     profile   {"gene", ...}: the model describes each gene; how well embeddings of the descriptions (--encoder) predict
@@ -45,12 +47,12 @@ from runtime.files import write_whole
 from runtime.process import Parser, UserError, run
 from runtime.ranks import Ranks
 from runtime.sharding import SHARDS, shard
-from tasks import Evaluation, OpenedModel, choice, inspect, nll, process, profile, writing
+from tasks import Evaluation, OpenedModel, answer, choice, inspect, nll, process, profile, writing
 from tasks.table import render_notes, render_table
 
 
 # What each of them must have: see tasks/__init__.py.
-TASKS = {"nll": nll, "choice": choice, "process": process, "profile": profile, "inspect": inspect}
+TASKS = {"nll": nll, "choice": choice, "answer": answer, "process": process, "profile": profile, "inspect": inspect}
 
 
 class Job(NamedTuple):
@@ -219,7 +221,8 @@ def add_flags(parser):
                         "(default: all)")
     parser.add_argument("--prompt", help="print each model's answer to this")
     parser.add_argument("--max-new-tokens", type=int, help=f"of an answer (default: {writing.NEW_TOKENS} for prompt, "
-                        f"{process.NEW_TOKENS} for process, {profile.NEW_TOKENS} for profile)")
+                        f"{answer.NEW_TOKENS} for answer, {process.NEW_TOKENS} for process, {profile.NEW_TOKENS} for "
+                        "profile)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of an answer; 0: greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of an answer that is drawn (default: 0)")
     parser.add_argument("--out", default="results.json", help="where the table and the per-item scores go, pages and "

@@ -1,0 +1,216 @@
+"""The `answer` task: multiple choice in words. The model writes, and what it answers is read out of the text."""
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.process import UserError
+from tasks import Answers, items_of, writing
+from tasks.choice import LAYOUTS, add_layout_flag, check_layouts, layout_of, load_choice, majority, scored_texts
+from tasks.statistics import MEAN, PROPORTION, Measure, summarise
+
+
+INSTRUCTION = "Think it over, then end with a line that says 'Answer:' and one of {choices}."
+NEW_TOKENS = 1024
+
+
+def measures(samples):
+    # A question's share of several samples is no zero or one: its interval is the bootstrap's, over questions.
+    kind = PROPORTION if samples == 1 else MEAN
+    return [
+        Measure("right", "right %", kind, percent=True),
+        Measure("vote", "right by vote of the samples %", PROPORTION, percent=True),
+        Measure("no_answer", "no answer %", kind, percent=True),
+        Measure("out_of_budget", "out of budget %", kind, percent=True),
+        Measure("tokens", "tokens written", MEAN),
+        Measure("followed", "planted answer followed %", kind, percent=True),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a text answers. Nothing is guessed: what no rule reads is no answer.
+#
+#   1. What precedes the last </think> is dropped. Thoughts that do not end have no answer.
+#   2. The last statement counts, whatever it says: what follows "answer is", "Answer:", "the correct option is" and the
+#      like, or stands in \boxed{}.
+#   3. Without a statement the first or the last line counts, if no line names another choice.
+#   4. A statement or a line names a choice if it begins with the choice's letter or words, and these end there: at its
+#      end, at punctuation, or before "because". So "A patient" is not A, and "No evidence" is not no. Case, quotes and
+#      marks of LaTeX and markdown do not matter. Of choices that begin alike the longest counts.
+#   5. What names two ("A or B", or A with the words of B) names none.
+
+# Marks of markdown and LaTeX, and quotes.
+MARKS = re.compile(r"[*_$`\\\"'\u2018\u2019\u201c\u201d]")
+STYLED = re.compile(r"\\(?:text|math)\w*\s*\{([^{}]*)\}")
+BOXED = re.compile(r"\\f?boxed\s*\{([^{}]*)\}")
+STATEMENT = re.compile(r"\b(?:answer|(?:correct|right|best) (?:option|choice))(?: to (?:the|this) question)?"
+                       r"(?: (?:is|would be|should be|must be)\b|\s*[:=\u2013\u2014]|\s-\s)")
+# What may stand before a choice, what ends it, and what comes before a second one.
+BEFORE = r"\W*?(?:(?:option|choice|letter|therefore|most|likely|probably|answer)\W+)*?"
+END = r"(?:$|\s*[.,:;()\]}<!\u2013\u2014](?!\d)|\s-\s|\s(?:because|since|as|due|rather)\b)"
+AND = r"[)\].]*\s*(?:[,;/&+]|\b(?:and|or)\b)"
+
+
+def find_answer(text, choices, letters, thinks=False):
+    """The index of the choice that a text answers with, None if there is no answer, by the rules above.
+
+    letters: whether letters stand for the choices. thinks: whether the prompt has opened thoughts.
+    """
+    _, thought, text = text.rpartition("</think>")
+    if "<think>" in text or (thinks and not thought):
+        return None
+    text = BOXED.sub(r"\nAnswer: \1\n", STYLED.sub(r"\1", text))
+    text = plain(text)
+    names = names_of(choices, letters)
+    *_, last = [None, *STATEMENT.finditer(text)]
+    if last:
+        line, *_ = text[last.end():].strip().split("\n")
+        return named(line, names)
+    lines = [named(line, names) for line in text.strip().split("\n")]
+    ends = {lines[0], lines[-1]} - {None}
+    if len(ends) == 1 and ends == set(lines) - {None}:
+        return ends.pop()
+    return None
+
+
+def plain(text):
+    """Lower case, full-width characters as others, without marks."""
+    text = MARKS.sub("", unicodedata.normalize("NFKC", text)).casefold()
+    return re.sub(r"[^\S\n]+", " ", text)
+
+
+def names_of(choices, letters):
+    """{what may be written: index of the choice, None where two are written so}."""
+    texts = [" ".join(plain(choice).split()).rstrip(". ") for choice in choices]
+    names = {}
+    for index, text in enumerate(texts):
+        if text:
+            names[text] = None if text in names else index
+    if letters:
+        for index, (letter, text) in enumerate(zip(string.ascii_lowercase, texts)):
+            names[letter] = names[f"{letter} {text}"] = index
+    return names
+
+
+def named(line, names):
+    """The index of the choice that a line names, None if it names none, or two."""
+    name = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    first = re.match(rf"{BEFORE}({name}){END}", line)
+    if first is None:
+        return None
+    # Words, and behind "and" or a comma a letter: "B. A is wrong" names one.
+    second = re.match(rf"(?:{AND}{BEFORE}|\W+(?!\w\b))({name})(?:{END}|\s*{AND})", line[first.end(1):])
+    if second and names[second[1]] != names[first[1]]:
+        return None
+    return names[first[1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The task
+
+class Questions(NamedTuple):
+    file: str
+    items: list                      # of `load_choice`
+    layout: str
+    prompts: writing.Prompts
+
+
+def add_flags(parser):
+    add_layout_flag(parser)
+    parser.add_argument("--instruction", default=INSTRUCTION, help="of answer: what stands below a question in the "
+                        "place of the layout's 'Answer:', with {choices} for the letters or words to choose from; '' "
+                        f"leaves the layout as it is (default: {INSTRUCTION})")
+    parser.add_argument("--samples", type=int, default=1, help="of answer: how often each question is asked, with "
+                        "--temperature above 0 (default: 1)")
+
+
+def check_flags(args):
+    check_layouts(args)
+    if args.samples < 1:
+        raise UserError(f"--samples is {args.samples}; expected at least 1")
+    if args.samples > 1 and args.temperature == 0:
+        raise UserError(f"--samples is {args.samples} and --temperature 0, where all samples are the same; expected "
+                        "--temperature above 0, or one sample")
+
+
+def read(file, number, evaluation):
+    layout = layout_of("answer", number, evaluation.args)
+    items = load_choice(file, layout)[:evaluation.args.limit]
+    questions = [(f"the question of {item['where']}", turns_of(item, LAYOUTS[layout], evaluation.args.instruction))
+                 for item in items]
+    return Questions(file, items, layout, writing.encode_questions(questions, NEW_TOKENS, evaluation))
+
+
+def turns_of(item, layout, instruction):
+    prompt = layout.prompt(item)
+    if instruction:
+        choices = ", ".join(scored_texts(item, layout))
+        # No str.format: an instruction may speak of \boxed{}.
+        prompt = prompt.removesuffix("Answer:") + instruction.replace("{choices}", choices)
+    system = layout.system(item) if layout.system else ""
+    return writing.question_turns(prompt, system)
+
+
+def ask(questions, model, opened, evaluation):
+    samples = evaluation.args.samples
+    label = f"{opened.path}: answer of {questions.file}"
+    written = writing.write_answers(questions.prompts, model, opened, evaluation, label, samples)
+    writing.warn_of_empty([answer.text for answer in written], questions.file, opened, evaluation)
+    letters = LAYOUTS[questions.layout].letters
+    items = []
+    for number, (item, ids) in enumerate(zip(questions.items, questions.prompts.ids[opened.path])):
+        thinks = opened.tokenizer.decode(ids).rstrip().endswith("<think>")
+        first = number * samples
+        items.append(record(item, written[first:first + samples], letters, thinks))
+    return Answers(items)
+
+
+def record(item, written, letters, thinks):
+    """What results.json has of an item, of which these samples were written."""
+    picked = [find_answer(answer.text, item["choices"], letters, thinks) for answer in written]
+    result = {
+        "line": item["line"],
+        "group": item["group"],
+        "texts": [answer.text for answer in written],
+        "picked": picked,
+        "right": share(pick == item["answer"] for pick in picked),
+        "no_answer": share(pick is None for pick in picked),
+        "out_of_budget": share(not answer.ended for answer in written),
+        "tokens": share(answer.tokens for answer in written),
+    }
+    if len(written) > 1:
+        result["vote"] = int(most_frequent(picked) == item["answer"])
+    if "planted" in item:
+        result["followed"] = share(pick == item["planted"] for pick in picked)
+    return result
+
+
+def share(values):
+    return float(np.mean(list(values)))
+
+
+def most_frequent(picked):
+    """Of equally frequent ones the first; None, where there is no answer, has no vote."""
+    votes = Counter(pick for pick in picked if pick is not None)
+    return max(votes, key=votes.get, default=None)
+
+
+def finish(questions, answers, evaluation):
+    args = evaluation.args
+    return {"layout": questions.layout, "chat": evaluation.chat_formats(), "instruction": args.instruction,
+            "samples": args.samples, "temperature": args.temperature, "new_tokens": questions.prompts.new_tokens,
+            "majority": majority(questions.items)}
+
+
+def rows(questions, answers, details, evaluation):
+    how = "greedy"
+    if details["temperature"] > 0:
+        how = f"{details['samples']} of each drawn at temperature {details['temperature']:g}"
+    title = (f"answer: {questions.file}, {details['layout']} layout, {details['chat']} chat format, instruction "
+             f"{details['instruction']!r}, {how}, at most {details['new_tokens']} tokens (always the most frequent "
+             f"answer: {details['majority']:.1%})")
+    return title, summarise(measures(details["samples"]), items_of(answers, evaluation.columns))
