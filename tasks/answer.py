@@ -104,7 +104,7 @@ def named(line, names):
         return None
     # Words, and behind "and" or a comma a letter: "B. A is wrong" names one.
     second = re.match(rf"(?:{AND}{BEFORE}|\W+(?!\w\b))({name})(?:{END}|\s*{AND})", line[first.end(1):])
-    if second and names[second[1]] != names[first[1]]:
+    if second and names[second[1]] not in (None, names[first[1]]):
         return None
     return names[first[1]]
 

@@ -229,8 +229,9 @@ def asked(work, tmp_path_factory):
         rows = [json.loads(line) for line in open(work / f"{name}.jsonl")]
         write(directory / f"{name}.jsonl", [{**rows[i % len(rows)], **change(i)} for i in range(count)])
     write(directory / "odd.jsonl", [{"gene": f"GENE{i}", "label": i % 2} for i in range(100)])
-    tasks = ["--tasks", "choice", "choice", "nll", "process", "profile", "inspect", "--layout", "cloze", "mmlu", "--data", "choice.jsonl", "choice.jsonl",
-             "samples.jsonl", "sets.jsonl", "genes.jsonl", "samples.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "12", "--temperature", "1"]
+    tasks = ["--tasks", "choice", "choice", "answer", "nll", "process", "profile", "inspect", "--layout", "cloze", "mmlu", "mmlu", "--data", "choice.jsonl",
+             "choice.jsonl", "choice.jsonl", "samples.jsonl", "sets.jsonl", "genes.jsonl", "samples.jsonl", "--labels", "odd.jsonl", "--max-new-tokens", "12",
+             "--temperature", "1", "--samples", "2"]
     return directory, [work / "base", work / "bft-s0", *tasks, "--prompt", "Why?", "--device", "cpu"]
 
 
