@@ -12,8 +12,8 @@ place:
     nll       samples (any shape of data.py): NLL and perplexity per response token, minimum group confidence
     choice    {"question", "choices", "answer", "context"?, "subject"?}: multiple choice by log-likelihood, asked as
               --layout says; acc, acc_norm (by characters) and acc_bytes as lm-evaluation-harness defines them
-    answer    the same files, asked in words: the model writes, and what it answers is read out of its text; right, no
-              answer, out of budget. --samples draws several texts for each question
+    answer    the same files, asked in words (--instruction): the model writes, and its answer is read out of the text;
+              right, no answer, out of budget. --samples asks each question several times
     process   {"genes": [...], "process"}: the model names the process behind a set of genes; ROUGE, and similarity to
               the true name by --encoder, as GeneAgent's evaluation has them
     profile   {"gene", ...}: the model describes each gene; how well embeddings of the descriptions (--encoder) predict

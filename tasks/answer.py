@@ -66,15 +66,14 @@ def find_answer(text, choices, letters, thinks=False):
     text = BOXED.sub(r"\nAnswer: \1\n", STYLED.sub(r"\1", text))
     text = plain(text)
     names = names_of(choices, letters)
-    *_, last = [None, *STATEMENT.finditer(text)]
-    if last:
-        line, *_ = text[last.end():].strip().split("\n")
+    statements = list(STATEMENT.finditer(text))
+    if statements:
+        line = text[statements[-1].end():].strip().split("\n")[0]
         return named(line, names)
-    lines = [named(line, names) for line in text.strip().split("\n")]
-    ends = {lines[0], lines[-1]} - {None}
-    if len(ends) == 1 and ends == set(lines) - {None}:
-        return ends.pop()
-    return None
+    picks = [named(line, names) for line in text.strip().split("\n")]
+    if len(set(picks) - {None}) > 1:
+        return None
+    return picks[-1] if picks[0] is None else picks[0]
 
 
 def plain(text):
