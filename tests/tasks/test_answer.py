@@ -214,9 +214,11 @@ def test_several_texts_for_each_question(work, monkeypatch, capsys):
 
 
 def test_samples_are_drawn(work, monkeypatch):
-    """All of them otherwise, the same ones for the same seed."""
+    """All of them otherwise, the same ones for the same seed; those of a question one after the other."""
+    asked = spied(monkeypatch)
     argv = ["base", "--tasks", "answer", "--layout", "mmlu", "--data", "choice.jsonl", "--limit", "6", "--max-new-tokens", "20", "--temperature", "1", "--samples", "4"]
     task, = evaluate(monkeypatch, work, *argv)
+    assert [text.split("user\n")[1][:9] for text in asked] == [f"Is it {i}?\n" for i in range(6) for _ in range(4)]
     again, = evaluate(monkeypatch, work, *argv)
     other, = evaluate(monkeypatch, work, *argv, "--seed", "1")
     assert task == again
@@ -246,6 +248,10 @@ def test_a_prompt_that_opens_thoughts(tmp_path, monkeypatch):
     task, = evaluate(monkeypatch, tmp_path, tmp_path, "--tasks", "answer", "--layout", "medmcqa", "--data", "four.jsonl", "--max-new-tokens", "9")
     assert asked[0].endswith("<|im_start|><think>\n")
     assert [item["picked"] for item in task["items"][str(tmp_path)]] == [[None], [0]]
+    # A question that only speaks of them.
+    spied(monkeypatch, ["Answer: A", "Answer: A"])
+    task, = evaluate(monkeypatch, tmp_path, tmp_path, "--tasks", "answer", "--layout", "medmcqa", "--data", "four.jsonl", "--max-new-tokens", "9", "--chat-format", "chatml")
+    assert [item["picked"] for item in task["items"][str(tmp_path)]] == [[0], [0]]
 
 
 @pytest.mark.parametrize("argv, words", [
