@@ -55,14 +55,11 @@ END = r"(?:$|\s*[.,:;()\]}<!\u2013\u2014](?!\d)|\s-\s|\s(?:because|since|as|due|
 AND = r"[)\].]*\s*(?:[,;/&+]|\b(?:and|or)\b)"
 
 
-def find_answer(text, choices, letters, thinks=False):
+def find_answer(text, choices, letters):
     """The index of the choice that a text answers with, None if there is no answer, by the rules above.
 
-    letters: whether letters stand for the choices. thinks: whether the prompt has opened thoughts.
+    text: without thoughts. letters: whether letters stand for the choices.
     """
-    _, thought, text = text.rpartition("</think>")
-    if "<think>" in text or (thinks and not thought):
-        return None
     text = BOXED.sub(r"\nAnswer: \1\n", STYLED.sub(r"\1", text))
     text = plain(text)
     names = names_of(choices, letters)
@@ -161,16 +158,15 @@ def ask(questions, model, opened, evaluation):
     writing.warn_of_empty([answer.text for answer in written], questions.file, opened, evaluation)
     letters = LAYOUTS[questions.layout].letters
     items = []
-    for number, (item, ids) in enumerate(zip(questions.items, questions.prompts.ids[opened.path])):
-        thinks = opened.tokenizer.decode(ids).rstrip().endswith("<think>")
+    for number, item in enumerate(questions.items):
         first = number * samples
-        items.append(record(item, written[first:first + samples], letters, thinks))
+        items.append(record(item, written[first:first + samples], letters))
     return Answers(items)
 
 
-def record(item, written, letters, thinks):
+def record(item, written, letters):
     """What results.json has of an item, of which these samples were written."""
-    picked = [find_answer(answer.text, item["choices"], letters, thinks) for answer in written]
+    picked = [find_answer(answer.answer(), item["choices"], letters) for answer in written]
     result = {
         "line": item["line"],
         "group": item["group"],

@@ -72,13 +72,12 @@ def load_rouge():
 def ask(questions, model, opened, evaluation):
     label = f"{opened.path}: process of {questions.file}"
     written = writing.write_answers(questions.prompts, model, opened, evaluation, label)
-    texts = [answer.text for answer in written]
-    named = [process_name(text) for text in texts]
+    named = [process_name(answer.answer()) for answer in written]
     writing.warn_of_empty(named, questions.file, opened, evaluation)
     items = []
-    for question, text, name in zip(questions.items, texts, named):
+    for question, answer, name in zip(questions.items, written, named):
         item = {key: question[key] for key in ("line", "group", "process")}
-        item |= {"text": text, "name": name}
+        item |= {"text": answer.text, "name": name}
         # F1, with stemmer.
         for kind, value in questions.rouge.score(plain_name(question["process"]), name).items():
             item[kind] = float(value.fmeasure)
@@ -92,9 +91,7 @@ def ask(questions, model, opened, evaluation):
 
 def process_name(text):
     """The name in what a model wrote, as GeneAgent's evaluation has it: the first line, after "Process:" or a label
-    like it, without anything in parentheses. (Theirs takes what follows the first colon, whatever precedes it.)
-    Thoughts before it do not count."""
-    text = text.rpartition("</think>")[2]
+    like it, without anything in parentheses. (Theirs takes what follows the first colon, whatever precedes it.)"""
     label = r"^\W*((the|most|prominent|biological|process|pathway|name|is|answer)\b[ *_]*)+:"
     without_parentheses = re.sub(r"\([^)]*\)", "", text)
     text = re.sub(label, "", without_parentheses, flags=re.IGNORECASE)

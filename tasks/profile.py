@@ -106,7 +106,7 @@ def make_folds(genes, labels):
 def ask(questions, model, opened, evaluation):
     label = f"{opened.path}: profile of {questions.file}"
     written = writing.write_answers(questions.prompts, model, opened, evaluation, label)
-    texts = [answer.text for answer in written]
+    texts = [answer.answer() for answer in written]
     writing.warn_of_empty(texts, questions.file, opened, evaluation)
     items = [{"line": item["line"], "gene": item["gene"], "text": text} for item, text in zip(questions.items, texts)]
     vectors = {}

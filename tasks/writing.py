@@ -109,6 +109,13 @@ class Written(NamedTuple):
     text: str
     tokens: int
     ended: bool                      # by the model itself; False: it ran out of new tokens
+    thinks: bool = False             # whether the prompt has opened thoughts, as DeepSeek-R1-Distill's does
+
+    def answer(self):
+        """What follows the thoughts; nothing where they have not ended."""
+        _, thought, answer = self.text.rpartition("</think>")
+        has_not_ended = "<think>" in answer or (self.thinks and not thought)
+        return "" if has_not_ended else answer
 
 
 def write_answers(prompts, model, opened, evaluation, label=None, samples=1):
@@ -141,10 +148,11 @@ def write_texts(model, tokenizer, prompts, stop, new_tokens, temperature=0.0, se
             for i, ids in zip(micro_batch, new):
                 table[i, :len(ids)] = ids + 1
     written = []
-    for row in sum_over_ranks(table) if dealt else table.cpu().numpy():
+    for prompt, row in zip(prompts, sum_over_ranks(table) if dealt else table.cpu().numpy()):
         ids = row[row > 0] - 1
+        thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")
         # The token that ends an answer is not among them.
-        written.append(Written(tokenizer.decode(ids), len(ids), ended=len(ids) < new_tokens))
+        written.append(Written(tokenizer.decode(ids), len(ids), len(ids) < new_tokens, thinks))
     return written
 
 

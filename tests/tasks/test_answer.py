@@ -110,13 +110,14 @@ def test_choices_that_are_like_others(choices, letters, texts):
     ("The answer is A", True, None), ("<think>\nThe answer is A", False, None), ("A</think>B<think>Answer: C", False, None), ("a</think>b</think>Answer: C", True, 2),
     ("The answer is A.\n</think>", True, None), ("The answer is A", False, 0)])
 def test_thoughts_do_not_answer(text, thinks, index):
-    assert find_answer(text, DRUGS, True, thinks) == index
+    answer = writing.Written(text, 5, True, thinks).answer()
+    assert find_answer(answer, DRUGS, True) == index
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked, and what becomes of what is written
 
-def spied(monkeypatch, texts=None, new_tokens=9):
+def spied(monkeypatch, texts=None, new_tokens=9, thinks=False):
     """The prompts that models will have been given; `texts` has them write these, the last one to the end of the budget."""
     asked = []
     real = writing.write_texts
@@ -127,7 +128,7 @@ def spied(monkeypatch, texts=None, new_tokens=9):
             return real(model, tokenizer, prompts, stop, budget, *more)
         assert len(texts) == len(prompts) and budget == new_tokens
         lengths = [*range(len(texts) - 1), new_tokens]
-        return [writing.Written(text, length, length < new_tokens) for text, length in zip(texts, lengths)]
+        return [writing.Written(text, length, length < new_tokens, thinks) for text, length in zip(texts, lengths)]
 
     monkeypatch.setattr(writing, "write_texts", write_texts)
     return asked
@@ -234,7 +235,10 @@ def test_answers_that_end_and_that_do_not(work):
     first = next(i for i in range(1, 8) if ids[i] not in ids[:i])
     for budget, written in ((first, first), (first + 1, first), (8, first)):
         answer, = writing.write_texts(model, tokenizer, [prompt], {ids[first]}, budget)
-        assert answer == (tokenizer.decode(ids[:written]), written, written < budget)
+        assert answer == (tokenizer.decode(ids[:written]), written, written < budget, False)
+    opened, = writing.write_texts(model, tokenizer, [tokenizer.encode("Is it <think>?<think>\n")], (), 1)
+    spoken_of, = writing.write_texts(model, tokenizer, [tokenizer.encode("Is it <think>?")], (), 1)
+    assert opened.thinks and not spoken_of.thinks
 
 
 def test_a_prompt_that_opens_thoughts(tmp_path, monkeypatch):
@@ -244,7 +248,7 @@ def test_a_prompt_that_opens_thoughts(tmp_path, monkeypatch):
     template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>" + "{{ '<think>\n' }}{% endif %}"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
     write(tmp_path / "four.jsonl", [*FOUR[:1], {**FOUR[0], "question": "Is it <think>?"}])
-    asked = spied(monkeypatch, ["Answer: A", "Answer: B</think>Answer: A"])
+    asked = spied(monkeypatch, ["Answer: A", "Answer: B</think>Answer: A"], thinks=True)
     task, = evaluate(monkeypatch, tmp_path, tmp_path, "--tasks", "answer", "--layout", "medmcqa", "--data", "four.jsonl", "--max-new-tokens", "9")
     assert asked[0].endswith("<|im_start|><think>\n")
     assert [item["picked"] for item in task["items"][str(tmp_path)]] == [[None], [0]]

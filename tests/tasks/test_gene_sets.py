@@ -22,8 +22,7 @@ def work(tmp_path_factory):
     ("Process: MAPK signaling\nbecause", "MAPK signaling"), ("\n\n  **Process:** \"DNA repair (NER), by-pass\".", "DNA repair by pass"),
     ("process name: x/y", "x y"), ("Processing of RNA: a start", "Processing of RNA: a start"), ("", ""), (" \n", ""), ("(none)", ""),
     ("Process:\nDNA repair\nmore", "DNA repair"), ("Process: <DNA repair>", "DNA repair"), ("The biological process is: x: y", "x: y"),
-    ("Answer: cell (a\nb) cycle", "cell cycle"), ("The process of sleep", "The process of sleep"),
-    ("Hm.\nProcess: sleep?\n</think>\n\nProcess: DNA repair", "DNA repair")])
+    ("Answer: cell (a\nb) cycle", "cell cycle"), ("The process of sleep", "The process of sleep")])
 def test_what_a_model_named(text, name):
     assert process_name(text) == name
 
@@ -44,7 +43,9 @@ def test_process_equals_the_libraries(work, monkeypatch, capsys):
     encoder = make_encoder(work)
     names = ["MAPK signaling", "insulin signaling", "cell-cycle arrest"]
     write(work / "names.jsonl", [{"process": name} for name in names])
-    texts = ["Process: insulin and damages to DNA\nI think", "signals like insulin", "", "the cell cycle, G1 (a guess)"]
+    # Thoughts name nothing; those that do not end are no answer.
+    texts = ["Process: insulin and damages to DNA\nI think", "Process: sleep?\n</think>\n\nsignals like insulin", "<think>Process: sleep",
+             "the cell cycle, G1 (a guess)"]
     real = writing.write_texts
     monkeypatch.setattr(writing, "write_texts", lambda *rest: [w._replace(text=t) for w, t in zip(real(*rest), texts, strict=True)])
     task, = evaluate(monkeypatch, work, "base", "--tasks", "process", "--data", "sets.jsonl", "--candidates", "names.jsonl", "--encoder", "self", encoder)
