@@ -36,7 +36,7 @@ def measures(samples):
 #
 #   1. What precedes the last </think> is dropped. Thoughts that do not end have no answer.
 #   2. The last statement counts, whatever it says: what follows "answer is", "Answer:", "the correct option is" and the
-#      like, or stands in \boxed{}.
+#      like, stands in \boxed{}, or before "is the correct answer".
 #   3. Without a statement the first or the last line counts, if no line names another choice.
 #   4. A statement or a line names a choice if it begins with the choice's letter or words, and these end there: at its
 #      end, at punctuation, or before "because". So "A patient" is not A, and "No evidence" is not no. Case, quotes and
@@ -48,7 +48,10 @@ MARKS = re.compile(r"[*_$`\\\"'\u2018\u2019\u201c\u201d]")
 STYLED = re.compile(r"\\(?:text|math)\w*\s*\{([^{}]*)\}")
 BOXED = re.compile(r"\\f?boxed\s*\{([^{}]*)\}")
 STATEMENT = re.compile(r"\b(?:answer|(?:correct|right|best) (?:option|choice))(?: to (?:the|this) question)?"
-                       r"(?: (?:is|would be|should be|must be)\b|\s*[:=\u2013\u2014]|\s-\s)")
+                       r"(?: (?:is|would be|should be|must be)\b:?|\s*[:=\u2013\u2014]|\s-\s)")
+# What is around a choice that is stated the other way round.
+SO = r"(?:^|[.,:;\n]|\b(?:so|thus|hence|therefore|that|option|choice)\b) ?\(?"
+IS_RIGHT = r"\)? is (?:therefore |thus )?(?:the )?(?:correct|right|best) (?:answer|option|choice)\b"
 # What may stand before a choice, what ends it, and what comes before a second one.
 BEFORE = r"\W*?(?:(?:option|choice|letter|therefore|most|likely|probably|answer)\W+)*?"
 END = r"(?:$|\s*[.,:;()\]}<!\u2013\u2014](?!\d)|\s-\s|\s(?:because|since|as|due|rather)\b)"
@@ -63,10 +66,14 @@ def find_answer(text, choices, letters):
     text = BOXED.sub(r"\nAnswer: \1\n", STYLED.sub(r"\1", text))
     text = plain(text)
     names = names_of(choices, letters)
-    statements = list(STATEMENT.finditer(text))
+    statements = {}                  # {where it ends: what it names}
+    for match in STATEMENT.finditer(text):
+        line, *_ = text[match.end():].strip().split("\n")
+        statements[match.end()] = named(line, names)
+    for match in re.finditer(rf"{SO}({any_of(names)}){IS_RIGHT}", text):
+        statements[match.end()] = names[match[1]]
     if statements:
-        line = text[statements[-1].end():].strip().split("\n")[0]
-        return named(line, names)
+        return statements[max(statements)]
     picks = [named(line, names) for line in text.strip().split("\n")]
     if len(set(picks) - {None}) > 1:
         return None
@@ -92,9 +99,14 @@ def names_of(choices, letters):
     return names
 
 
+def any_of(names):
+    """A regular expression; the longest comes first."""
+    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+
+
 def named(line, names):
     """The index of the choice that a line names, None if it names none, or two."""
-    name = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    name = any_of(names)
     first = re.match(rf"{BEFORE}({name}){END}", line)
     if first is None:
         return None

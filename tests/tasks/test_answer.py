@@ -47,6 +47,12 @@ LETTERS = [
     ("Answer - B", "B"), ("Answer = B", "B"), ("The best choice is: C", "C"), ("The answer to this question is B.", "B"), ("the answer is most likely B.", "B"),
     ("The answer would be option B", "B"), ("Answer: B, because A is wrong", "B"), ("Answer: B rather than A", "B"), ("Answer: B. A, C and D are wrong", "B"),
     ("Answer: B Carbamazepine", "B"), ("Answer: B: Carbamazepine", "B"), ("Answer: B - Carbamazepine", "B"), ("Answer: B, a beta blocker", "B"),
+    ("The correct answer is:\n\n**B. Carbamazepine**", "B"), ("The answer is: B", "B"),
+    # The other way round.
+    ("Thus, option B is the correct answer.", "B"), ("Therefore, (B) is the right choice, since A fails.", "B"), ("I think that B is therefore the best option.", "B"),
+    ("Carbamazepine is the correct answer.", "B"), ("A is wrong, and so B is the correct answer. The rest is noise", "B"), ("B. So A is the correct answer.", "A"),
+    ("The answer is A. No: B is the correct answer.", "B"), ("B is not the correct answer.", None), ("Vitamin B is the correct answer.", None),
+    ("Option A or B is the correct answer", None), ("Which option is the correct answer?", None), ("Option E is the correct answer.", None),
     # LaTeX.
     ("\\boxed{B}", "B"), ("So $\\boxed{\\text{B}}$.", "B"), ("\\[\n\\boxed{\\textbf{(C)}}\n\\]", "C"), ("The answer is \\(\\boxed{B}\\). A is not.", "B"), ("Answer: $B$", "B"),
     ("Answer: \\(B\\)", "B"), ("\\boxed{E}", None), ("\\boxed{}", None),
