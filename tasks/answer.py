@@ -35,27 +35,35 @@ def measures(samples):
 # What a text answers. Nothing is guessed: what no rule reads is no answer.
 #
 #   1. What precedes the last </think> is dropped. Thoughts that do not end have no answer.
-#   2. The last statement counts, whatever it says: what follows "answer is", "Answer:", "the correct option is" and the
-#      like, stands in \boxed{}, or before "is the correct answer".
-#   3. Without a statement the first or the last line counts, if no line names another choice.
-#   4. A statement or a line names a choice if it begins with the choice's letter or words, and these end there: at its
-#      end, at punctuation, or before "because". So "A patient" is not A, and "No evidence" is not no. Case, quotes and
-#      marks of LaTeX and markdown do not matter. Of choices that begin alike the longest counts.
-#   5. What names two ("A or B", or A with the words of B) names none.
+#   2. The last mark counts, whatever it says: what follows "Answer:", or stands in \boxed{} or in <answer></answer>.
+#   3. Without a mark the last statement counts, whatever it says: what follows "the answer is", "the correct option is"
+#      and the like. Without that, what precedes "is the correct answer".
+#   4. Without any of these the first or the last line counts, if no line names another choice.
+#   5. A mark, a statement or a line names a choice if it begins with the choice's letter or words, and these end there:
+#      at its end, at punctuation, or before "because". Before them "option", "most likely" and the like may stand. So
+#      "A patient" is not A, and neither is "A. baumannii"; "No evidence" is not no. Case, quotes and marks of LaTeX and
+#      markdown do not matter. Of choices that begin alike the longest counts.
+#   6. What names two ("A or B", or A with the words of B) names none.
 
 # Marks of markdown and LaTeX, and quotes.
 MARKS = re.compile(r"[*_$`\\\"'\u2018\u2019\u201c\u201d]")
 STYLED = re.compile(r"\\(?:text|math)\w*\s*\{([^{}]*)\}")
-BOXED = re.compile(r"\\f?boxed\s*\{([^{}]*)\}")
+BOXED = re.compile(r"\\f?boxed\s*\{([^{}]*)\}|<answer>(.*?)</answer>", re.DOTALL)
+# Stands for the full stop of an abbreviation, "A. baumannii", which ends nothing.
+DOT = "\u00b7"
+ABBREVIATION = re.compile(r"\b([A-Z])\. (?=[a-z])")
+MARK = re.compile(r"\banswer(?: to (?:the|this) question)?(?:\s*[:=\u2013\u2014]|\s-\s)"
+                  r"|\b(?:correct|right|best) (?:option|choice)\s*[:=]")
 STATEMENT = re.compile(r"\b(?:answer|(?:correct|right|best) (?:option|choice))(?: to (?:the|this) question)?"
-                       r"(?: (?:is|would be|should be|must be)\b:?|\s*[:=\u2013\u2014]|\s-\s)")
+                       r" (?:is|would be|should be|must be)\b:?")
 # What is around a choice that is stated the other way round.
-SO = r"(?:^|[.,:;\n]|\b(?:so|thus|hence|therefore|that|option|choice)\b) ?\(?"
-IS_RIGHT = r"\)? is (?:therefore |thus )?(?:the )?(?:correct|right|best) (?:answer|option|choice)\b"
+SO = r"(?:^|[.,:;\n]|\b(?:so|thus|hence|therefore|option|choice)\b) ?\(?"
+IS_RIGHT = (r"\)? is (?:therefore |thus )?(?:the )?(?:correct|right|best) (?:answer|option|choice)"
+            r"(?=\s*(?:[.!\n]|$)|,? (?:because|since|as)\b)")
 # What may stand before a choice, what ends it, and what comes before a second one.
 BEFORE = r"\W*?(?:(?:option|choice|letter|therefore|most|likely|probably|answer)\W+)*?"
 END = r"(?:$|\s*[.,:;()\]}<!\u2013\u2014](?!\d)|\s-\s|\s(?:because|since|as|due|rather)\b)"
-AND = r"[)\].]*\s*(?:[,;/&+]|\b(?:and|or)\b)"
+AND = r"[)\].]*(?:\s*(?:[,;/&+]|\b(?:and|or)\b))+"
 
 
 def find_answer(text, choices, letters):
@@ -63,17 +71,17 @@ def find_answer(text, choices, letters):
 
     text: without thoughts. letters: whether letters stand for the choices.
     """
-    text = BOXED.sub(r"\nAnswer: \1\n", STYLED.sub(r"\1", text))
+    text = BOXED.sub(r"\nAnswer: \1\2\n", STYLED.sub(r"\1", text))
     text = plain(text)
     names = names_of(choices, letters)
-    statements = {}                  # {where it ends: what it names}
-    for match in STATEMENT.finditer(text):
-        line, *_ = text[match.end():].strip().split("\n")
-        statements[match.end()] = named(line, names)
-    for match in re.finditer(rf"{SO}({any_of(names)}){IS_RIGHT}", text):
-        statements[match.end()] = names[match[1]]
-    if statements:
-        return statements[max(statements)]
+    for pattern in (MARK, STATEMENT):
+        *_, last = [None, *pattern.finditer(text)]
+        if last:
+            line, *_ = text[last.end():].strip().split("\n")
+            return named(line, names)
+    *_, last = [None, *re.finditer(f"{SO}({any_of(names)}){IS_RIGHT}", text)]
+    if last:
+        return names[last[1]]
     picks = [named(line, names) for line in text.strip().split("\n")]
     if len(set(picks) - {None}) > 1:
         return None
@@ -82,7 +90,8 @@ def find_answer(text, choices, letters):
 
 def plain(text):
     """Lower case, full-width characters as others, without marks."""
-    text = MARKS.sub("", unicodedata.normalize("NFKC", text)).casefold()
+    text = MARKS.sub("", unicodedata.normalize("NFKC", text))
+    text = ABBREVIATION.sub(r"\1" + DOT, text).casefold()
     return re.sub(r"[^\S\n]+", " ", text)
 
 
@@ -95,7 +104,7 @@ def names_of(choices, letters):
             names[text] = None if text in names else index
     if letters:
         for index, (letter, text) in enumerate(zip(string.ascii_lowercase, texts)):
-            names[letter] = names[f"{letter} {text}"] = index
+            names[letter] = names[f"{letter} {text}"] = names[f"{letter}{DOT}{text}"] = index
     return names
 
 
@@ -106,12 +115,19 @@ def any_of(names):
 
 def named(line, names):
     """The index of the choice that a line names, None if it names none, or two."""
+    alone = re.fullmatch(r"\W*([a-z])\W*", line)
+    if alone:
+        return names.get(alone[1])
     name = any_of(names)
-    first = re.match(rf"{BEFORE}({name}){END}", line)
+    first = re.match(f"{BEFORE}({name}){END}", line)
     if first is None:
         return None
-    # Words, and behind "and" or a comma a letter: "B. A is wrong" names one.
-    second = re.match(rf"(?:{AND}{BEFORE}|\W+(?!\w\b))({name})(?:{END}|\s*{AND})", line[first.end(1):])
+    rest = line[first.end(1):]
+    # After "and" or a comma any name, letters too: "A, B". (In "B. A is wrong" there is one.)
+    second = re.match(rf"{AND}{BEFORE}({name})(?:{END}|\s*{AND})", rest)
+    if second is None:
+        # After other punctuation words alone: "A (carbamazepine)".
+        second = re.match(rf"\W+(?!\w\b)({name})(?:{END}|\s*{AND})", rest)
     if second and names[second[1]] not in (None, names[first[1]]):
         return None
     return names[first[1]]

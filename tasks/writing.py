@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import hf
+from model import CACHE_TOKENS
 from runtime.device import autocast
 from runtime.process import UserError
 from runtime.progress import with_progress
@@ -136,11 +137,12 @@ def write_texts(model, tokenizer, prompts, stop, new_tokens, temperature=0.0, se
     lengths = [len(ids) + new_tokens for ids in prompts]
     # The ranks of a sharded model gather its weights for each new token, together: every rank writes all answers.
     dealt = not is_sharded(model)
-    my_micro_batches = [micro_batch for micro_batch in micro_batches_of_rank(lengths, dealt=dealt) if micro_batch]
+    # As many as `generate` has room for: it is slow with few.
+    my_micro_batches = [numbers for numbers in micro_batches_of_rank(lengths, CACHE_TOKENS, dealt) if numbers]
     with autocast(device, dtype):
         for micro_batch in with_progress(my_micro_batches, label):
-            # Each micro-batch has random numbers of its own.
-            own_seed = seed + micro_batch[0]
+            # Each micro-batch has random numbers of its own, and shares none with another seed.
+            own_seed = int(np.random.SeedSequence((seed, micro_batch[0])).generate_state(1)[0])
             try:
                 new = model.generate([prompts[i] for i in micro_batch], new_tokens, temperature, stop, own_seed)
             except ValueError as e:

@@ -47,11 +47,19 @@ LETTERS = [
     ("Answer - B", "B"), ("Answer = B", "B"), ("The best choice is: C", "C"), ("The answer to this question is B.", "B"), ("the answer is most likely B.", "B"),
     ("The answer would be option B", "B"), ("Answer: B, because A is wrong", "B"), ("Answer: B rather than A", "B"), ("Answer: B. A, C and D are wrong", "B"),
     ("Answer: B Carbamazepine", "B"), ("Answer: B: Carbamazepine", "B"), ("Answer: B - Carbamazepine", "B"), ("Answer: B, a beta blocker", "B"),
-    ("The correct answer is:\n\n**B. Carbamazepine**", "B"), ("The answer is: B", "B"),
+    ("The correct answer is:\n\n**B. Carbamazepine**", "B"), ("The answer is: B", "B"), ("<answer>\nB\n</answer>", "B"), ("<answer> (B) </answer> or so", "B"),
+    # A mark outranks what is said, before it or after.
+    ("The final answer is $\\boxed{B}$.\n\nThis answer is consistent with the guidelines.", "B"), ("Answer: B\nThe answer is supported by the guideline.", "B"),
+    ("Answer: B\n\nThe best option is to consult a doctor.", "B"), ("Answer: B\n\nMany think that A is the correct answer, but it is not.", "B"),
+    ("Answer: B.\nOption C is the best choice in children, but he is 60.", "B"), ("The answer is A.\n<answer>B</answer>", "B"),
+    # Punctuation around a letter alone; abbreviations.
+    ("B?", "B"), ("B/", "B"), ("B|", "B"), ("Answer: B~", "B"), ("Answer: A. baumannii", None), ("The answer is A. baumannii.", None), ("A. aspirin", "A"),
+    ("Answer: B. carbamazepine", "B"), ("A. baumannii is resistant", None), ("Answer: A, and C", None),
     # The other way round.
-    ("Thus, option B is the correct answer.", "B"), ("Therefore, (B) is the right choice, since A fails.", "B"), ("I think that B is therefore the best option.", "B"),
+    ("Thus, option B is the correct answer.", "B"), ("Therefore, (B) is the right choice, since A fails.", "B"), ("B is therefore the best option.", "B"),
     ("Carbamazepine is the correct answer.", "B"), ("A is wrong, and so B is the correct answer. The rest is noise", "B"), ("B. So A is the correct answer.", "A"),
-    ("The answer is A. No: B is the correct answer.", "B"), ("B is not the correct answer.", None), ("Vitamin B is the correct answer.", None),
+    ("The answer is A. No: B is the correct answer.", "A"), ("I doubt that A is the correct answer; it is B.", None),
+    ("It is not the case that A is the correct answer.", None), ("A is the correct answer, they say, but it is not.", None), ("B is not the correct answer.", None), ("Vitamin B is the correct answer.", None),
     ("Option A or B is the correct answer", None), ("Which option is the correct answer?", None), ("Option E is the correct answer.", None),
     # LaTeX.
     ("\\boxed{B}", "B"), ("So $\\boxed{\\text{B}}$.", "B"), ("\\[\n\\boxed{\\textbf{(C)}}\n\\]", "C"), ("The answer is \\(\\boxed{B}\\). A is not.", "B"), ("Answer: $B$", "B"),
@@ -61,7 +69,7 @@ LETTERS = [
     ("B\n\nI hope this helps!", "B"), ("Answer: B\n\nExplanation: A is wrong because it is.", "B"), ("Let us see.\nB. It is\nso.", None),
     ("I looked at A.\r\nAnswer: B\r\n", "B"),
     # The last one counts.
-    ("The answer is A. Wait, the answer is B.", "B"), ("A\n\nThe answer is B.", "B"), ("\\boxed{A}, no: \\boxed{B}", "B"), ("Answer: B\nSo the answer is clear.", None),
+    ("The answer is A. Wait, the answer is B.", "B"), ("A\n\nThe answer is B.", "B"), ("\\boxed{A}, no: \\boxed{B}", "B"), ("Answer: B\nSo the answer is clear.", "B"), ("The answer is B\nSo the answer is clear.", None),
     ("Answer: B\nAnswer:", None),
     # Two, none, or others.
     ("Answer: A or B", None), ("Answer: A and C", None), ("Answer: A, B and C", None), ("Answer: A & B", None), ("Answer: A/B", None), ("(A), (C)", None),
@@ -81,7 +89,7 @@ WORDS = [
     ("yes", "yes"), ("No.", "no"), ("NO!", "no"), ("**Yes**", "yes"), ("Yes, because it is.", "yes"), ("Yes - the data show it", "yes"), ("Yes—so it is", "yes"),
     ("No. The study says so", "no"), ("The answer is “maybe”.", "maybe"), ("Answer: no\nIt is so.", "no"), ("The study shows it.\n\nYes", "yes"),
     ("No evidence was found.", None), ("Maybe not", None), ("Not yes", None), ("yes yes", None), ("Answer: No-one", None), ("Yes\nNo", None), ("Answer: yes or no", None),
-    ("Answer: yes, no, maybe", None), ("Answer: yes/no", None), ("B", None), ("Answer: B", None),
+    ("Answer: yes, no, maybe", None), ("Answer: yes, and no", None), ("Answer: yes/no", None), ("B", None), ("Answer: B", None),
 ]
 # Choices that are parts of others, numbers, letters themselves, and twice the same.
 ODD = [
@@ -220,8 +228,10 @@ def test_several_texts_for_each_question(work, monkeypatch, capsys):
     assert "3 of each drawn at temperature 0.5" in capsys.readouterr().out
 
 
-def test_samples_are_drawn(work, monkeypatch):
-    """All of them otherwise, the same ones for the same seed; those of a question one after the other."""
+@pytest.mark.parametrize("together", [2 ** 15, 40])
+def test_samples_are_drawn(work, monkeypatch, together):
+    """All of them otherwise, the same ones for the same seed, written together or one by one; those of a question one after the other."""
+    monkeypatch.setattr(writing, "CACHE_TOKENS", together)
     asked = spied(monkeypatch)
     argv = ["base", "--tasks", "answer", "--layout", "mmlu", "--data", "choice.jsonl", "--limit", "6", "--max-new-tokens", "20", "--temperature", "1", "--samples", "4"]
     task, = evaluate(monkeypatch, work, *argv)

@@ -103,7 +103,7 @@ def test_equal_prompts_are_continued_by_different_random_numbers(work, monkeypat
     model, tokenizer = hf.load_model(work / "base"), hf.load_tokenizer(work / "base")
     ids = [tokenizer.encode("Why?")] * 20
     made = []
-    monkeypatch.setattr(writing, "micro_batches_of_rank", lambda lengths, dealt: made.append(micro_batches_of_rank(lengths, 150, dealt)) or made[-1])
+    monkeypatch.setattr(writing, "micro_batches_of_rank", lambda lengths, _, dealt: made.append(micro_batches_of_rank(lengths, 150, dealt)) or made[-1])
     written = writing.write_texts(model, tokenizer, ids, (), 30, temperature=1.0)
     assert len({answer.text for answer in written}) == 20
     assert len(made[0]) > 3 and min(map(len, made[0])) > 1
