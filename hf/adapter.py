@@ -1,12 +1,14 @@
 """Adapters (LoRA) in PEFT's format, in and out: adapter_config.json and adapter_model.safetensors.
 
-The weight W of a linear layer becomes W + lora_alpha / r B A, with A (r, in) and B (out, r). The numbers of the file
-are ours. Only GPT-2 differs: its c_attn is our projections to queries, keys and values, one below the other (see
-hf/weights.py). Our three adapters of rank r are one of rank 3r there: its A is our three, one below the other, and its
-B has ours as blocks on its diagonal. An adapter of rank r that PEFT made has one A for all three: each of ours gets it.
+The weight W of a linear layer becomes W + lora_alpha / r B A, with A (r, in) and B (out, r). The file has our tensors
+as they are. Only GPT-2 differs: its c_attn is our projections to queries, keys and values, one below the other (see
+hf/weights.py). Our three adapters of rank r are one of rank 3r there, and one of rank r that PEFT made becomes three of
+ours: see `cut`.
 """
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,16 +27,17 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # Of PEFT's names; what follows is the name in the family's file.
 PREFIX = "base_model.model."
+# The name of an adapter, as in lora_A.default.weight, which PEFT leaves out of its files.
+ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)")
 # Options of PEFT's, and the values that we have. Other ways to initialise change the base, too.
-SUPPORTED = {"peft_type": ("LORA",), "bias": ("none",),
-             "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
-# Options that say how an adapter was trained (its dropout, too), or what its tensors say themselves. All others must be
-# off.
-NOT_READ = ("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
-            "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-            "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
-            # Looked at by themselves.
-            "rank_pattern", "alpha_pattern")
+SUPPORTED = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
+# Options that may have any value here: they say how an adapter was trained (its dropout, too), or what its tensors say
+# themselves. All others must be off.
+ANY_VALUE = ("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
+             "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core",
+             "peft_version", "qalora_group_size", "revision", "target_modules", "task_type",
+             # `read_options` looks at these.
+             "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 EXPECTED = ("expected LoRA on all linear layers of the blocks and on nothing else, as --lora-rank makes it; or merge "
             "the adapter into its base (PEFT's merge_and_unload), and start from that")
 
@@ -42,7 +45,7 @@ EXPECTED = ("expected LoRA on all linear layers of the blocks and on nothing els
 class Adapter(NamedTuple):
     directory: Path
     rank: int
-    alpha: float
+    alpha: float                     # B A is multiplied by alpha / rank
     base: str | None                 # the model that it was trained on, as its config calls it
     stacked: bool                    # of GPT-2: one of rank 3r stands for three of ours
 
@@ -100,23 +103,35 @@ def read_options(directory, config):
         raise ValueError(f"{path} is not JSON that we can read: {e}") from None
     if not isinstance(options, dict):
         raise ValueError(f"{path} is not the configuration of an adapter; expected an object")
-    for key, value in {"peft_type": None, **options}.items():
+    kind = options.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type is {kind!r}, which is not supported; {EXPECTED}")
+    for key, value in options.items():
         if key in SUPPORTED:
             is_supported = value in SUPPORTED[key]
         else:
-            is_supported = key in NOT_READ or not value
+            is_supported = key in ANY_VALUE or not value
         if not is_supported:
             raise ValueError(f"{path}: {key} is {value!r}, which is not supported; {EXPECTED}")
     rank, alpha = options.get("r"), options.get("lora_alpha")
     if type(rank) is not int or type(alpha) not in (int, float) or not 0 < rank < 2 ** 31 or not 0 < alpha < 2 ** 31:
         raise ValueError(f"{path}: r is {rank!r} and lora_alpha {alpha!r}; expected two numbers above 0, r a whole one")
-    patterns = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
-    stacked = is_gpt2(config) and patterns == stacked_patterns(rank, alpha)
-    if patterns != ({}, {}) and not stacked:
-        raise ValueError(f"{path}: rank_pattern is {patterns[0]!r} and alpha_pattern {patterns[1]!r}; expected the "
-                         "same rank and alpha for all layers")
+    ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
+    # rsLoRA multiplies by alpha / sqrt(r), which is not the others' where both are three times theirs.
+    is_rslora = bool(options.get("use_rslora"))
+    stacked = is_gpt2(config) and not is_rslora and (ranks, alphas) == stacked_patterns(rank, alpha)
+    if not stacked and not (changes_nothing(ranks, rank) and changes_nothing(alphas, alpha)):
+        raise ValueError(f"{path}: rank_pattern is {ranks!r} and alpha_pattern {alphas!r}; expected the same rank and "
+                         "alpha for all layers")
+    if is_rslora:
+        alpha *= math.sqrt(rank)
     base = options.get("base_model_name_or_path")
     return Adapter(Path(directory), rank, float(alpha), base if isinstance(base, str) else None, stacked)
+
+
+def changes_nothing(pattern, value):
+    """Whether a rank_pattern or alpha_pattern has this value, that of all layers, wherever it has one."""
+    return isinstance(pattern, dict) and all(of_layer == value for of_layer in pattern.values())
 
 
 def check_tensors(model, adapter):
@@ -128,6 +143,10 @@ def check_tensors(model, adapter):
     with open(file, "rb") as f:
         shapes = {name: tuple(shape) for name, _, shape in safetensors_layout(f)}
     unexpected = shapes.keys() - places.keys()
+    with_name = [name for name in unexpected if ADAPTER_NAME.sub("", name) in places]
+    if with_name:
+        raise ValueError(f"{file} has {first_names(with_name)}, in which the name of an adapter stands; expected "
+                         f"names like {ADAPTER_NAME.sub('', min(with_name))}, as PEFT's save_pretrained writes them")
     if unexpected:
         raise ValueError(f"{file} has {first_names(unexpected)}, of no linear layer in this model's blocks; {EXPECTED}")
     missing = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in places.keys() - shapes.keys()}
@@ -140,8 +159,14 @@ def check_tensors(model, adapter):
     return places
 
 
+# What c_attn has in the file, and what our three layers have of it. r is the rank of each, and d its rows:
+#
+#     PEFT's own    A (r, in)      each the whole        B (3d, r)     thirds
+#     stacked       A (3r, in)     thirds                B (3d, 3r)    the three blocks of the diagonal
+#
+# All other layers are one of ours, and have their A (r, in) and B (out, r) as it is.
 def cut(name, t, count, adapter):
-    """The tensors of `count` layers of ours from that of their layer in the file: A (r, in) or B (out, r)."""
+    """The tensors of `count` layers of ours from that of their layer in the file."""
     if name.endswith("lora_A.weight"):
         return t.chunk(count) if adapter.stacked else [t] * count
     rows = t.chunk(count)
@@ -180,6 +205,7 @@ def save_adapter(model, directory, base, writes=True):
 
 
 def join(name, parts):
+    """The tensor in the file of some layers of ours, stacked."""
     return torch.cat(parts) if name.endswith("lora_A.weight") else torch.block_diag(*parts)
 
 

@@ -113,9 +113,10 @@ def test_adapters_of_half_precision_are_trained_in_float32(dtype, tmp_path):
 SEVEN = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 OF_PEFT = {                                                               # options of PEFT's, whether we can go on from it
     "nothing": ({}, True), "gaussian": ({"init_lora_weights": "gaussian"}, True), "orthogonal": ({"init_lora_weights": "orthogonal", "r": 4}, True),
-    "rsLoRA": ({"use_rslora": True}, False), "DoRA": ({"use_dora": True}, False), "PiSSA": ({"init_lora_weights": "pissa"}, False),
+    "rsLoRA": ({"use_rslora": True, "lora_alpha": 5}, True), "DoRA": ({"use_dora": True}, False), "PiSSA": ({"init_lora_weights": "pissa"}, False),
     "OLoRA": ({"init_lora_weights": "olora"}, False), "a whole head": ({"modules_to_save": ["lm_head"]}, False),
     "biases": ({"bias": "all"}, False), "biases of B": ({"lora_bias": True}, False), "tokens": ({"trainable_token_indices": [1, 2]}, False),
+    "the rank of all": ({"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.self_attn.k_proj": 8, "up_proj": 8}}, True),
     "a rank": ({"rank_pattern": {"q_proj": 2}}, False), "an alpha": ({"alpha_pattern": {"q_proj": 2}}, False),
     "two of seven": ({"target_modules": ["q_proj", "v_proj"]}, False), "a layer": ({"target_modules": SEVEN, "layers_to_transform": [0]}, False),
     "the head": ({"target_modules": "(.*_proj)|lm_head"}, False)}
@@ -142,6 +143,38 @@ def test_an_adapter_of_peft_has_its_logits_or_is_refused(case, tmp_path):
     ids = torch.randint(97, (2, 30))
     with torch.no_grad():
         torch.testing.assert_close(filled(model, tmp_path / "adapter")(ids), again(ids).logits, rtol=1e-4, atol=1e-4)
+        # Nor does PEFT find anything else in what we save of it.
+        hf.save_adapter(model, tmp_path / "ours", None)
+        ours = peft.PeftModel.from_pretrained(opened_by_transformers(tmp_path / "base"), tmp_path / "ours").eval()
+        torch.testing.assert_close(ours(ids).logits, again(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [{}, GPT2], ids=["llama", "gpt2"])
+def test_the_scale_of_rslora_is_an_alpha_of_ours(family, tmp_path):
+    """It is alpha / sqrt(rank)."""
+    config = tiny(**family).config
+    hf.save_adapter(with_adapters(tiny(**family), 4, 5.0), tmp_path, None)
+    change(tmp_path, {"use_rslora": True})
+    if family:
+        # Three times rank and alpha have another scale than the other layers.
+        with pytest.raises(UserError, match="rank_pattern is {'c_attn': 12} .*; expected the same rank and alpha for all layers"):
+            hf.open_adapter(tmp_path, config)
+        return
+    model = filled(tiny(), tmp_path)
+    assert model.layers[0].mlp.up_proj.scale == 5 / 4 ** 0.5
+    hf.save_adapter(model, tmp_path / "again", None)
+    saved = json.loads((tmp_path / "again" / B).read_text())
+    assert saved["lora_alpha"] == 10 and not saved.get("use_rslora")
+
+
+@pytest.mark.parametrize("family, patterns, is_stacked", [
+    ({}, {"rank_pattern": {"q_proj": 3, ".*": 3}, "alpha_pattern": {"down_proj": 5}}, False), ({}, {"rank_pattern": None, "alpha_pattern": None}, False),
+    (GPT2, {"alpha_pattern": {"c_attn": 15}}, True)])
+def test_a_pattern_that_changes_nothing_is_none(family, patterns, is_stacked, tmp_path):
+    hf.save_adapter(with_adapters(tiny(**family)), tmp_path, None)
+    change(tmp_path, patterns)
+    adapter = hf.open_adapter(tmp_path, tiny(**family).config)
+    assert (adapter.rank, adapter.alpha, adapter.stacked) == (3, 5.0, is_stacked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,15 +190,16 @@ def mix(tensors):
 
 REFUSED = {                                                               # options, tensors, what is said
     "another kind": ({"peft_type": "LOHA"}, None, "adapter_config.json: peft_type is 'LOHA', which is not supported; expected LoRA on all"),
-    "no kind": ({"peft_type": None}, None, "peft_type is None"),
+    "no kind": ({"peft_type": None}, None, "peft_type is None, which is not supported; expected LoRA on all"),
     "DoRA": ({"use_dora": True}, None, "use_dora is True, which is not supported; .*merge_and_unload"),
-    "another scale": ({"use_rslora": True}, None, "use_rslora is True"),
     "biases": ({"bias": "lora_only"}, None, "bias is 'lora_only'"),
     "another base": ({"init_lora_weights": "pissa_niter_4"}, None, "init_lora_weights is 'pissa_niter_4'"),
     "whole modules": ({"modules_to_save": ["embed_tokens"]}, None, r"modules_to_save is \['embed_tokens'\]"),
     "what we never heard of": ({"use_tomorrow": {"a": 1}}, None, "use_tomorrow is {'a': 1}"),
     "ranks by layer": ({"rank_pattern": {"q_proj": 4}}, None, "rank_pattern is {'q_proj': 4} and alpha_pattern {}; expected the same"),
     "GPT-2's ranks": ({"rank_pattern": {"c_attn": 9}, "alpha_pattern": {"c_attn": 15}}, None, "rank_pattern is {'c_attn': 9}"),
+    "some ranks of many": ({"rank_pattern": {"q_proj": 3, "k_proj": 4}}, None, "rank_pattern is {'q_proj': 3, 'k_proj': 4}"),
+    "no pattern": ({"rank_pattern": ["q_proj"]}, None, r"rank_pattern is \['q_proj'\] and"),
     "alphas by layer": ({"alpha_pattern": {"q_proj": 4}}, None, "alpha_pattern {'q_proj': 4}"),
     "no rank": ({"r": None}, None, "r is None and lora_alpha 5.0; expected two numbers"),
     "rank 0": ({"r": 0}, None, "r is 0"),
@@ -178,6 +212,9 @@ REFUSED = {                                                               # opti
                        "model.layers.0.self_attn.o_proj and 4 more; expected LoRA on all linear layers of the blocks"),
     "half an adapter": (None, lambda tensors: tensors.pop(f"{Q}.lora_B.weight"), "no adapter of model.layers.0.self_attn.q_proj;"),
     "another layer": (None, rename, "has base_model.model.lm_head.lora_A.weight, of no linear layer in this model's blocks"),
+    "an adapter's name": (None, lambda tensors: [tensors.update({name[:-7] + ".my-first" + name[-7:]: tensors.pop(name)}) for name in list(tensors)],
+                          r"down_proj.lora_A.my-first.weight, .* and 23 more, in which the name of an adapter stands; expected names like .*"
+                          r"\.0\.mlp\.down_proj\.lora_A\.weight, as PEFT's save_pretrained writes them"),
     "a bias": (None, lambda tensors: tensors.update({f"{Q}.lora_B.bias": torch.zeros(32)}), "has .*q_proj.lora_B.bias, of no linear layer"),
     "another shape": (None, lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.zeros(3, 31)}), r"is \(3, 31\); expected \(3, 32\)"),
     "a number more": (None, lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.zeros(3, 32, 1)}), r"is \(3, 32, 1\)"),
