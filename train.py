@@ -188,11 +188,14 @@ def finetune(settings, ranks):
         check_packages(settings.report)
     start = open_start(settings)
     if start.adapter:
-        settings = settings_of_adapter(settings, start, ranks)
+        check_base(settings, start, ranks)
+        settings = settings_of_adapter(settings, start.adapter)
     check_memory(start.config, settings, ranks)
     settings = replace(settings, chat_format=start.chat_format.name)
     if start.chat_format.warning:
         ranks.print(f"warning: {start.chat_format.warning}")
+    if start.adapter:
+        warn_of_template(start, ranks)
     if settings.lora_rank:
         warn_of_frozen_tokens(start, ranks)
     extra_files = files_of_the_model(settings, start, ranks)
@@ -216,21 +219,42 @@ def finetune(settings, ranks):
         ranks.print(f"{objective}: the model is in {directory}")
 
 
-def settings_of_adapter(settings, start, ranks):
-    """With the rank and alpha of --adapter, and its directory. Raises UserError where others were asked for."""
-    adapter = start.adapter
-    if settings.lora_rank not in (0, adapter.rank) or settings.lora_alpha not in (0, adapter.alpha):
-        raise UserError(f"--lora-rank is {settings.lora_rank} and --lora-alpha {settings.lora_alpha:g}, in --adapter "
-                        f"{settings.adapter} they are {adapter.rank} and {adapter.alpha:g}; expected those, or no flag")
-    base = name_of_base(settings.init, start.directory)
-    if adapter.base and os.path.abspath(adapter.base) != os.path.abspath(base):
+def check_base(settings, start, ranks):
+    """Warns where --adapter names another model than --init. Raises UserError where it is merged into --init."""
+    adapter, base = start.adapter, name_of_base(settings.init, start.directory)
+    if adapter.base and os.path.abspath(adapter.base) == os.path.abspath(base):
+        return
+    # A run has both: RUN/adapter, and RUN/model with the adapter in its weights.
+    if start.directory.resolve() == adapter.directory.resolve().parent / "model":
+        trained_on = f", {adapter.base}" if adapter.base else ""
+        raise UserError(f"--init {settings.init} has --adapter {settings.adapter} merged into it already; expected the "
+                        f"model that the adapter was trained on{trained_on}, or no --adapter")
+    if adapter.base:
         ranks.print(f"warning: {settings.adapter} says that it was trained on {adapter.base}; --init is {base}")
+
+
+def settings_of_adapter(settings, adapter):
+    """With the rank and alpha of --adapter, and its directory. Raises UserError where others were asked for."""
+    flags = {"--lora-rank": (settings.lora_rank, adapter.rank), "--lora-alpha": (settings.lora_alpha, adapter.alpha)}
+    for name, (asked, has) in flags.items():
+        if asked not in (0, has):
+            raise UserError(f"{name} is {asked}, in --adapter {settings.adapter} it is {has}; expected that, or no "
+                            "flag")
     return replace(settings, adapter=str(adapter.directory), lora_rank=adapter.rank, lora_alpha=adapter.alpha)
 
 
 def name_of_base(init, directory):
     """What an adapter calls the model that it was trained on: a repository id, or the directory."""
     return str(directory) if Path(init).is_dir() else init
+
+
+def warn_of_template(start, ranks):
+    """Other programs save the chat template that an adapter was trained in beside it."""
+    directory = start.adapter.directory
+    template = hf.read_template(directory)
+    if template is not None and template != start.chat_format.template:
+        ranks.print(f"warning: {directory} has a chat template of its own, and {start.chat_format.where} is used: the "
+                    f"adapters may not know it; --tokenizer {directory} takes theirs, --chat-format one of ours")
 
 
 def warn_of_frozen_tokens(start, ranks):

@@ -7,7 +7,7 @@
 # ruff: noqa: F401
 
 from hf.adapter import adapter_files, fill_adapter, open_adapter, save_adapter
-from hf.chat import CHAT_FORMATS, ChatFormat, Turn, begin_ids, load_chat_format, untrained_tokens
+from hf.chat import CHAT_FORMATS, ChatFormat, Turn, begin_ids, load_chat_format, read_template, untrained_tokens
 from hf.config import config_from_dict, llama_config, load_config
 from hf.directory import files_beside_model, fill_weights, generation_config, load_weights, open_model, stop_ids
 from hf.hub import find_directory

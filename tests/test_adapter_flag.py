@@ -207,11 +207,12 @@ def test_what_a_run_starts_from_is_not_overwritten(folder, monkeypatch, capsys):
 
 
 @on_one_family
-@pytest.mark.parametrize("flags, rank, alpha", [(["--lora-rank", 4], 4, 0), (["--lora-alpha", 6], 0, 6), (["--lora-rank", 3, "--lora-alpha", 6], 3, 6)])
-def test_another_rank_or_alpha_is_refused(flags, rank, alpha, folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, name, asked, has", [
+    (["--lora-rank", 4], "--lora-rank", 4, 3), (["--lora-alpha", 6], "--lora-alpha", 6.0, 5.0), (["--lora-rank", 3, "--lora-alpha", 6], "--lora-alpha", 6.0, 5.0)])
+def test_another_rank_or_alpha_is_refused(flags, name, asked, has, folder, tmp_path, monkeypatch, capsys):
+    """By the flag that was given."""
     assert call(monkeypatch, *goes_on(folder, *flags), "--out", tmp_path / "run") == 2
-    assert capsys.readouterr().err == (f"error: --lora-rank is {rank} and --lora-alpha {alpha}, in --adapter {folder / 'first' / 'adapter'} they are 3 "
-                                       "and 5; expected those, or no flag\n")
+    assert capsys.readouterr().err == (f"error: {name} is {asked}, in --adapter {folder / 'first' / 'adapter'} it is {has}; expected that, or no flag\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -226,6 +227,46 @@ def test_an_adapter_of_another_base_is_remarked_upon(folder, copy, tmp_path, mon
         shown = str(base).replace("\0", r"\x00")
         words = f"warning: {copy} says that it was trained on {shown}; --init is {tmp_path / 'elsewhere'}"
         assert capsys.readouterr().out.count(words) == expected
+
+
+@on_one_family
+def test_an_adapter_that_is_merged_into_the_model_is_refused(folder, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(folder / "first", tmp_path / "run")
+    (tmp_path / "link").symlink_to(run)
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    for base, words in ((str(folder / "base"), f" was trained on, {folder / 'base'}, or no --adapter\n"), (None, " was trained on, or no --adapter\n")):
+        (run / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        for init, adapter in ((run, run / "adapter"), (run / "model", tmp_path / "link" / "adapter")):
+            argv = argv_of(folder, "--init", init, "--adapter", adapter, "--out", tmp_path / "next")
+            assert call(monkeypatch, *argv) == 2
+            assert capsys.readouterr().err == f"error: --init {init} has --adapter {adapter} merged into it already; expected the model that the adapter{words}"
+    assert not (tmp_path / "next").exists()
+    # One that was trained on the model beside it is not in it.
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(run / "model")}))
+    assert call(monkeypatch, *argv_of(folder, "--init", run, "--adapter", run / "adapter", "--steps", 1, "--out", tmp_path / "next")) == 0
+
+
+@on_one_family
+def test_a_chat_template_beside_an_adapter_is_remarked_upon(folder, copy, tmp_path, monkeypatch, capsys):
+    """Where it is not the one that is used. --tokenizer takes it, from the directory that has the tokenizer, too."""
+    argv = argv_of(folder, "--adapter", copy, "--steps", 1, "--no-resume", "--out", tmp_path / "run")
+    words = f"warning: {copy} has a chat template of its own, and chat format plain is used: the adapters may not know it; --tokenizer {copy} takes theirs"
+    used = hf.load_chat_format(folder / "base", hf.load_tokenizer(folder / "base")).template
+    theirs = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<|endoftext|>' }}{% endfor %}"
+    files = ["tokenizer.json", "tokenizer_config.json"]
+    for name in files:
+        shutil.copy(folder / "base" / name, copy)
+    for template, more, expected in ((used, [], 0), (theirs, [], 1), (theirs, ["--objective", "sft", "bft"], 1), (theirs, ["--chat-format", "plain"], 1),
+                                     (theirs, ["--tokenizer", copy], 0)):
+        (copy / "chat_template.jinja").write_text(template)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert call(monkeypatch, *argv, *more) == 0
+        assert capsys.readouterr().out.count(words) == expected
+    assert (tmp_path / "run" / "model" / "chat_template.jinja").read_text() == theirs
+    # Older programs have it elsewhere.
+    (copy / "chat_template.jinja").unlink()
+    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": theirs}))
+    assert call(monkeypatch, *argv) == 0 and words in capsys.readouterr().out
 
 
 def test_another_rank_is_not_proposed_for_an_adapter(monkeypatch):
