@@ -251,7 +251,12 @@ def name_of_base(init, directory):
 def warn_of_template(start, ranks):
     """Other programs save the chat template that an adapter was trained in beside it."""
     directory = start.adapter.directory
-    template = hf.read_template(directory)
+    try:
+        template = hf.read_template(directory)
+    except UserError as e:
+        # It is not the one that is used.
+        ranks.print(f"warning: {e}")
+        return
     if template is not None and template != start.chat_format.template:
         ranks.print(f"warning: {directory} has a chat template of its own, and {start.chat_format.where} is used: the "
                     f"adapters may not know it; --tokenizer {directory} takes theirs, --chat-format one of ours")

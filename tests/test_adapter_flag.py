@@ -267,6 +267,9 @@ def test_a_chat_template_beside_an_adapter_is_remarked_upon(folder, copy, tmp_pa
     (copy / "chat_template.jinja").unlink()
     (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": theirs}))
     assert call(monkeypatch, *argv) == 0 and words in capsys.readouterr().out
+    # None that can be read, and none that is needed.
+    (copy / "tokenizer_config.json").write_text('{"chat_template": 7}')
+    assert call(monkeypatch, *argv) == 0 and f"warning: {copy}: its chat template cannot be read" in capsys.readouterr().out
 
 
 def test_another_rank_is_not_proposed_for_an_adapter(monkeypatch):
