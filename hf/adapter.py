@@ -103,16 +103,7 @@ def read_options(directory, config):
         raise ValueError(f"{path} is not JSON that we can read: {e}") from None
     if not isinstance(options, dict):
         raise ValueError(f"{path} is not the configuration of an adapter; expected an object")
-    kind = options.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r}, which is not supported; {EXPECTED}")
-    for key, value in options.items():
-        if key in SUPPORTED:
-            is_supported = value in SUPPORTED[key]
-        else:
-            is_supported = key in ANY_VALUE or not value
-        if not is_supported:
-            raise ValueError(f"{path}: {key} is {value!r}, which is not supported; {EXPECTED}")
+    check_options(path, options)
     rank, alpha = options.get("r"), options.get("lora_alpha")
     if type(rank) is not int or type(alpha) not in (int, float) or not 0 < rank < 2 ** 31 or not 0 < alpha < 2 ** 31:
         raise ValueError(f"{path}: r is {rank!r} and lora_alpha {alpha!r}; expected two numbers above 0, r a whole one")
@@ -127,6 +118,20 @@ def read_options(directory, config):
         alpha *= math.sqrt(rank)
     base = options.get("base_model_name_or_path")
     return Adapter(Path(directory), rank, float(alpha), base if isinstance(base, str) else None, stacked)
+
+
+def check_options(path, options):
+    """Raises ValueError for one that makes an adapter another thing than ours."""
+    kind = options.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type is {kind!r}, which is not supported; {EXPECTED}")
+    for key, value in options.items():
+        if key in SUPPORTED:
+            is_supported = value in SUPPORTED[key]
+        else:
+            is_supported = key in ANY_VALUE or not value
+        if not is_supported:
+            raise ValueError(f"{path}: {key} is {value!r}, which is not supported; {EXPECTED}")
 
 
 def changes_nothing(pattern, value):
