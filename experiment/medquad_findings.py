@@ -1,0 +1,313 @@
+"""What the experiment of medquad.py finds: numbers, words and a picture from its results.
+
+`results` is what medquad.py saves: init, objectives, seeds, lrs, and under "models" what each was scored, the base
+(objective "base", lr 0) once for each seed:
+
+    val_nll, val_tokens, val_confidence      of each row about other diseases: summed NLL, tokens, C_b
+    rouge, words                             of each answer: ROUGE-L (F1) with the reference, and its length
+    followed, planted_nll, true_nll          of each row with a wrong label: whether that is likelier per token than
+                                             the right one, and both NLLs per token
+    other_nll, other_tokens                  of each text of another kind
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from experiment.findings import Estimate, Judged, estimate_over_seeds, frontier_gap, judge_gap
+from experiment.pictures import LOOKS, import_pyplot
+from experiment.report import columns, with_interval
+from runtime.files import replacing
+from tasks.statistics import bootstrap, interval
+
+
+RESULTS = {"init", "objectives", "seeds", "lrs", "models"}
+REFERENCE = "sft"
+
+
+class Measure(NamedTuple):
+    """A number of a model: the sum of one key over its rows, by the sum of another, or the mean."""
+    heading: str
+    key: str
+    per: str | None = None
+    scale: float = 1                 # as it is shown
+    digits: int = 3
+    less_is_better: bool = True
+
+
+MEASURES = {
+    "nll": Measure("NLL", "val_nll", "val_tokens"),
+    "rouge": Measure("ROUGE-L %", "rouge", scale=100, digits=1, less_is_better=False),
+    "followed": Measure("wrong labels followed %", "followed", scale=100, digits=1),
+    "other": Measure("NLL of other texts", "other_nll", "other_tokens"),
+    "confidence": Measure("min group confidence", "val_confidence", less_is_better=False),
+}
+
+
+class Prediction(NamedTuple):
+    text: str
+    objectives: tuple
+    measure: str                     # of which they have less than sft ...
+    where: str                       # ... in the mean over the "rates", or at equal "nll"
+    more: bool = False               # predicted is more, not less
+    within: float = 0                # or a difference of at most so much
+
+
+WEIGHTED = ("dft", "bft", "bft-v3")
+PREDICTIONS = (
+    Prediction("In the mean over the learning rates the weighted losses have a higher NLL on other diseases than sft, "
+               "since they give up on what the model finds unlikely.", WEIGHTED, "nll", "rates", more=True),
+    Prediction("They follow fewer wrong labels.", WEIGHTED, "followed", "rates"),
+    Prediction("They lose less on texts of another kind.", WEIGHTED, "other", "rates"),
+    Prediction("Their minimum group confidence on other diseases is lower.", WEIGHTED, "confidence", "rates"),
+    Prediction("Their answers' ROUGE-L is within 2 points of sft's.", WEIGHTED, "rouge", "rates", within=0.02),
+    Prediction("At equal NLL they do not follow fewer wrong labels than sft: a lower rate of sft would do as well "
+               "(within 5 points).", WEIGHTED, "followed", "nll", within=0.05),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+def analyse(results):
+    """All that is printed and drawn, as numbers:
+
+    objectives, seeds, rates     sft first; 0 (for the base) and the learning rates
+    counts                       {"val", "answers", "planted", "other": rows; "planted" those of the first seed}
+    curves                       {objective: {measure: (seeds, 1 + learning rates)}}
+    frontiers                    {"nll", "rouge": {objective: {other measure: Judged}}} beside sft at equal ones
+    best                         {"nll", "rouge": {objective: Best}}: each at its own best rate
+    predictions                  [(Prediction, {objective: Judged})]
+    """
+    names = sorted(results["objectives"], key=lambda name: name != REFERENCE)
+    models = {(m["objective"], m["seed"], m["lr"]): m for m in results["models"]}
+    curves = {name: curves_of(models, name, results) for name in names}
+    first = models["base", results["seeds"][0], 0]
+    counts = {"val": len(first["val_nll"]), "answers": len(first["rouge"]), "planted": len(first["followed"]),
+              "other": len(first["other_nll"])}
+    analysis = {"objectives": names, "seeds": results["seeds"], "rates": [0, *results["lrs"]], "counts": counts,
+                "curves": curves}
+    analysis["frontiers"] = {at: {name: gaps_at_equal(at, name, curves) for name in names[1:]} for at in BY}
+    analysis["best"] = {by: {name: best_of(by, name, models, curves, results) for name in names} for by in BY}
+    analysis["predictions"] = [(p, {name: judge(p, name, analysis) for name in p.objectives if name in names})
+                               for p in PREDICTIONS]
+    return analysis
+
+
+BY = ("nll", "rouge")
+
+
+def curves_of(models, name, results):
+    """{measure: (seeds, 1 + learning rates)}, the base first."""
+    table = []
+    for seed in results["seeds"]:
+        path = [models["base", seed, 0], *(models[name, seed, lr] for lr in results["lrs"])]
+        table.append([[value_of(measure, model) for model in path] for measure in MEASURES.values()])
+    table = np.array(table)                                               # (seeds, measures, 1 + learning rates)
+    return {key: table[:, i] for i, key in enumerate(MEASURES)}
+
+
+def value_of(measure, model):
+    values, weights = rows_of(measure, model)
+    return values.sum() / weights.sum()
+
+
+def rows_of(measure, model):
+    """(values, weights) of the rows: (R,) each."""
+    values = np.array(model[measure.key], dtype=float)
+    return values, np.array(model[measure.per], dtype=float) if measure.per else np.ones_like(values)
+
+
+def gaps_at_equal(at, name, curves):
+    """{other measure: Judged}: more (or less) than sft at equal NLL or ROUGE-L, all along what both reach from the
+    base."""
+    sign = -1 if MEASURES[at].less_is_better else 1
+    x, other_x = sign * curves[name][at], sign * curves[REFERENCE][at]
+    gaps = {}
+    for key, measure in MEASURES.items():
+        if key == at:
+            continue
+        up = 1 if measure.less_is_better else -1
+        of_seeds = [frontier_gap(*of_seed) for of_seed in zip(x, up * curves[name][key], other_x,
+                                                              up * curves[REFERENCE][key])]
+        estimate, verdict = judge_gap(of_seeds, len(curves) - 1)
+        gaps[key] = Judged(estimate if up == 1 else Estimate(-estimate.mean, -estimate.high, -estimate.low), verdict)
+    return gaps
+
+
+class Best(NamedTuple):
+    """An objective at the learning rate that is best for it, and minus sft at sft's."""
+    lr: float
+    is_inside: bool                  # not the lowest or the highest rate: a better one may lie beyond those
+    scores: dict                     # {measure: Estimate}, over seeds
+    over_seeds: dict                 # {measure: Estimate} of the difference; none for sft itself
+    over_rows: dict                  # {measure: (low, high)} of the difference, 95%
+
+
+def best_of(by, name, models, curves, results):
+    place, other_place = (best_place(by, curves[key]) for key in (name, REFERENCE))
+    lrs = [0, *results["lrs"]]
+    scores, over_seeds, over_rows = {}, {}, {}
+    for key, measure in MEASURES.items():
+        values = curves[name][key][:, place]                              # (seeds,)
+        scores[key] = estimate_over_seeds(values)
+        if name == REFERENCE:
+            continue
+        over_seeds[key] = estimate_over_seeds(values - curves[REFERENCE][key][:, other_place], len(curves) - 1)
+        pairs = [(models[name, seed, lrs[place]], models[REFERENCE, seed, lrs[other_place]])
+                 for seed in results["seeds"]]
+        over_rows[key] = interval_over_rows(measure, pairs)
+    return Best(lrs[place], 1 < place < len(lrs) - 1, scores, over_seeds, over_rows)
+
+
+def best_place(by, curve):
+    """Of the learning rates (the base is none) that whose mean over seeds is best."""
+    mean = curve[by][:, 1:].mean(0)
+    return 1 + int(mean.argmin() if MEASURES[by].less_is_better else mean.argmax())
+
+
+def interval_over_rows(measure, pairs):
+    """(low, high) of the 95% interval of the mean difference of pairs of models, one of each seed. Rows are drawn:
+    those that all seeds have together, those with wrong labels, which differ, each seed's by themselves."""
+    differences = []
+    for number, (mine, theirs) in enumerate(pairs):
+        seed = number if measure.key == "followed" else 0
+        resampled = [bootstrap(*rows_of(measure, model), seed=seed) for model in (mine, theirs)]
+        differences.append(resampled[0] - resampled[1])
+    return interval(np.mean(differences, axis=0))
+
+
+def judge(prediction, name, analysis):
+    """"held", "failed", "open" (the interval allows both) or "no gap"."""
+    if prediction.where == "rates":
+        curve, reference = (analysis["curves"][key][prediction.measure] for key in (name, REFERENCE))
+        estimate = estimate_over_seeds((curve - reference)[:, 1:].mean(1))
+    else:
+        estimate = analysis["frontiers"][prediction.where][name][prediction.measure].estimate
+    mean, low, high = estimate
+    if math.isnan(mean):
+        return Judged(estimate, "no gap")
+    if prediction.within:
+        held = -prediction.within < low and high < prediction.within
+        failed = low > prediction.within or high < -prediction.within
+    else:
+        held, failed = (low > 0, high < 0) if prediction.more else (high < 0, low > 0)
+    return Judged(estimate, "held" if held else "failed" if failed else "open")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+TITLE = """\
+What each loss does to a pretrained model: {seeds} seeds. Measured on {val} rows about other diseases, {answers} of them
+answered; on {other} texts of another kind; and on the rows with wrong labels ({planted} with the first seed).
+Brackets: 95% intervals. Over seeds by Student's t, those of differences from {reference} for all {others} losses
+at once (Bonferroni); over rows by the paired bootstrap."""
+WIDTH = 26
+
+
+def render(analysis):
+    reference, *others = analysis["objectives"]
+    lines = [TITLE.format(seeds=len(analysis["seeds"]), reference=reference, others=len(others), **analysis["counts"])]
+    lines += ["", "AT EACH LEARNING RATE (0: the start), means over seeds", *render_curves(analysis)]
+    for at in BY:
+        heading = MEASURES[at].heading.removesuffix(" %")
+        lines += ["", f"AT EQUAL {heading}, all along what both reach from the start: minus {reference}",
+                  *render_gaps(analysis["frontiers"][at], at)]
+    for by in BY:
+        heading = MEASURES[by].heading.removesuffix(" %")
+        lines += ["", f"EACH AT ITS OWN BEST RATE BY {heading}; below it, minus {reference} over seeds, and over rows",
+                  *render_best(analysis["best"][by])]
+    lines += ["", "PREDICTIONS and what became of them (open: the interval allows both)"]
+    for prediction, outcomes in analysis["predictions"]:
+        measure = MEASURES[prediction.measure]
+        words = [f"{name} {outcome.verdict} ({cell(outcome.estimate, measure, '+')})"
+                 for name, outcome in outcomes.items()]
+        lines += [f"- {prediction.text}", "  " + "; ".join(words)]
+    return "\n".join([*lines, ""])
+
+
+def cell(estimate, measure, sign=""):
+    return with_interval(estimate, measure.scale, measure.digits, sign)
+
+
+def headings(measures, first=""):
+    return first.ljust(18) + columns([measure.heading for measure in measures], WIDTH)
+
+
+def render_curves(analysis):
+    lines = [headings(MEASURES.values(), "loss, rate")]
+    for name, curves in analysis["curves"].items():
+        for place, rate in enumerate(analysis["rates"]):
+            cells = []
+            for key, measure in MEASURES.items():
+                cells.append(f"{curves[key][:, place].mean() * measure.scale:.{measure.digits}f}")
+            if rate or name == REFERENCE:
+                lines.append(f"{name if rate else 'start':10s}{rate:<8g}" + columns(cells, WIDTH))
+    return lines
+
+
+def render_gaps(gaps_of_objectives, at):
+    measures = {key: measure for key, measure in MEASURES.items() if key != at}
+    lines = [headings(measures.values())]
+    for name, gaps in gaps_of_objectives.items():
+        cells = [f"{cell(gaps[key].estimate, measure, '+')} {VERDICTS[gaps[key].verdict]}"
+                 for key, measure in measures.items()]
+        lines.append(name.ljust(18) + columns(cells, WIDTH))
+    return lines
+
+
+VERDICTS = {"better": "better", "worse": "worse", "cannot tell": "?", "no gap": " "}
+
+
+def render_best(best):
+    lines = [headings(MEASURES.values(), "loss, rate")]
+    for name, own in best.items():
+        at_the_end = "" if own.is_inside else "*"
+        cells = [cell(own.scores[key], measure) for key, measure in MEASURES.items()]
+        lines.append(f"{name:10s}{f'{own.lr:g}{at_the_end}':8s}" + columns(cells, WIDTH))
+        if own.over_seeds:
+            cells = [cell(own.over_seeds[key], measure, "+") for key, measure in MEASURES.items()]
+            lines.append("  over seeds".ljust(18) + columns(cells, WIDTH))
+            cells = [cell(Estimate(own.over_seeds[key].mean, *own.over_rows[key]), measure, "+")
+                     for key, measure in MEASURES.items()]
+            lines.append("  over rows".ljust(18) + columns(cells, WIDTH))
+    if not all(own.is_inside for own in best.values()):
+        lines.append("* at an end of the rates: a better one may lie beyond")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A picture
+
+PANELS = (("nll", "followed"), ("nll", "other"), ("rouge", "followed"))
+
+
+def draw(analysis, path):
+    """Writes three frontiers, from the start over the learning rates, to a PNG file; returns its path. Raises
+    UserError."""
+    plt = import_pyplot()
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4.6), layout="constrained")
+    for ax, (x_key, y_key) in zip(axes, PANELS):
+        x_measure, y_measure = MEASURES[x_key], MEASURES[y_key]
+        for name, curves in analysis["curves"].items():
+            x, y = curves[x_key] * x_measure.scale, curves[y_key] * y_measure.scale   # (seeds, 1 + learning rates)
+            look = LOOKS[name]
+            ax.plot(x.mean(0), y.mean(0), color=look.colour, marker=look.marker, label=name, zorder=3)
+            ax.scatter(x[:, 1:], y[:, 1:], s=9, color=look.colour, marker=look.marker, alpha=0.35, linewidth=0)
+        ax.plot(x[:, 0].mean(), y[:, 0].mean(), "*", color="gold", markeredgecolor="black", markersize=16, zorder=4,
+                label="start")
+        ax.set(xlabel=f"{x_measure.heading} (other diseases)", ylabel=y_measure.heading)
+        ax.grid(alpha=0.3)
+        if x_measure.less_is_better:
+            # To the right is better, as elsewhere.
+            ax.invert_xaxis()
+    axes[0].legend(fontsize="small")
+    rates = ", ".join(f"{rate:g}" for rate in analysis["rates"][1:])
+    figure.suptitle(f"Further right and further down is better. Means over {len(analysis['seeds'])} seeds; small marks "
+                    f"are seeds. From the start through learning rates {rates}")
+    with replacing(path) as f:
+        figure.savefig(f, format="png", dpi=150)
+    plt.close(figure)
+    return path
