@@ -112,7 +112,7 @@ NOT_IN_THE_DEFAULT_JOB = ("val_data", "prompt_template", "response_template", "t
 
 
 def parse_settings(argv):
-    """argv -> (Settings, (seeds, learning rates) of the default job or None). Raises UserError."""
+    """argv -> (Settings, Grid of the default job or None). Raises UserError."""
     changed = ", ".join(f"{name} {spelled(value)}" for name, value in default_job.DEFAULTS.items())
     parser = Parser(description="Fine-tunes a GPT with any objective of bft.py. Without --init and --data it runs the "
                     f"default job on assets/, with these defaults in place of those below: {changed}",
@@ -122,11 +122,11 @@ def parse_settings(argv):
     add_flags(parser, Settings)
     default_job.add_flags(parser)
     given = vars(parser.parse_args(argv))
-    grid = {name: given.pop(name) for name in ("seeds", "lrs") if name in given}
+    grid = {name: given.pop(name) for name in ("seeds", "lrs", "continuum") if name in given}
     is_default_job = not given.keys() & {"init", "data"}
     if grid and not is_default_job:
-        raise UserError("--seeds and --lrs are the default job's, which has no --init or --data; expected --seed and "
-                        "--lr")
+        raise UserError("--seeds, --lrs and --continuum are the default job's, which has no --init or --data; expected "
+                        "--seed and --lr")
     misplaced = [f"--{name.replace('_', '-')}" for name in NOT_IN_THE_DEFAULT_JOB if name in given]
     if is_default_job and misplaced:
         raise UserError(f"{', '.join(misplaced)}: not for the default job; expected --init and --data with it")
@@ -164,7 +164,7 @@ def main():
     restarts = read_launch().restarts
     settings.resume = bool(settings.resume or ranks.largest(restarts))
     if grid:
-        default_job.run_job(settings, *grid, ranks, train, describe_run, check_memory)
+        default_job.run_job(settings, grid, ranks, train, describe_run, check_memory)
     else:
         finetune(settings, ranks)
 

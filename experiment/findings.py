@@ -131,6 +131,13 @@ def rate_curves(results):
 
 def item_curves(results, name, seed):
     """The same of one objective and seed before its means: {(stratum, measure): (1 + learning rates, items)}."""
+    curves = score_curves(results, name, seed)
+    kept = np.concatenate([curves[stratum, "acc"] for stratum in HELD_OUT], axis=1)
+    return {**curves, LOST: kept[:1] - kept}
+
+
+def score_curves(results, name, seed):
+    """Those that are asked for, `lost` left out, whatever the strata are."""
     models = {(m["objective"], m["lr"]): m["items"] for m in results["models"] if m["seed"] == seed}
     path = [models["base", 0], *(models[name, lr] for lr in results["lrs"])]
     scores = {}
@@ -139,9 +146,7 @@ def item_curves(results, name, seed):
         for measure in MEASURES:
             if measure in items[0]:
                 scores.setdefault((items[0]["group"], measure), []).append([item[measure] for item in items])
-    curves = {key: np.array(columns, dtype=float).T.copy() for key, columns in scores.items()}
-    kept = np.concatenate([curves[stratum, "acc"] for stratum in HELD_OUT], axis=1)
-    return {**curves, LOST: kept[:1] - kept}
+    return {key: np.array(columns, dtype=float).T.copy() for key, columns in scores.items()}
 
 
 def crossing(path, level):

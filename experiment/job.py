@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from data import Samples, load_samples, read_jsonl
-from experiment.findings import FOLLOWED, NOVEL, analyse
+from experiment import continuum
+from experiment.findings import analyse
 from experiment.gradient import gradient_items
 from experiment.pictures import plot
 from experiment.planting import plant
@@ -44,6 +45,7 @@ from variants import load_variants
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ASSETS = CHECKOUT / "assets"
+CONTINUUM = ASSETS / "continuum"
 
 SEEDS = (0,)
 LEARNING_RATES = (2e-4, 1e-3, 2e-3, 4e-3)
@@ -80,10 +82,13 @@ SHARED_WITH_BASE = ("dtype", "device", "compile", "recompute", "shard", "micro_t
 # Where a batch has one sample, these do what another one does: no gradient of theirs is measured.
 SAME_IN_A_SAMPLE = ("sft-sample", "bft-token", "bft-tokavg")
 
+# Facts that bases are not told, in either of the folders.
+NEVER_TOLD = ("novel", continuum.NEVER_TOLD)
+
 # Each holds some 0.3 GB, most of it torch itself.
 MOST_WORKERS = 8
 
-OURS = re.compile(r"seed-\d+|table\.txt|results\.json|.*\.(png|tmp)")
+OURS = re.compile(r"seed-\d+|table\.txt|(results|continuum)\.json|.*\.(png|tmp)")
 
 
 def add_flags(parser):
@@ -94,11 +99,20 @@ def add_flags(parser):
     group.add_argument("--lrs", nargs="+", type=float,
                        help="every objective is trained at each of these peak learning rates "
                        f"(default: {' '.join(f'{lr:g}' for lr in LEARNING_RATES)}; with one seed all but the first)")
+    group.add_argument("--continuum", action="store_true", help="facts of six strengths, and wrong labels at each: "
+                       "where on the continuum of belief does a loss pay?")
 
 
-def parse_grid(given, seeds=None, lrs=None):
-    """The (seeds, learning rates) that the job goes over. given: the settings that the command names; seeds, lrs: what
-    follows these flags. Raises UserError."""
+class Grid(NamedTuple):
+    """What the job goes over."""
+    seeds: list
+    learning_rates: list
+    is_continuum: bool          # whose facts: those of six strengths, or the default ones
+
+
+def parse_grid(given, seeds=None, lrs=None, continuum=False):
+    """The Grid. given: the settings that the command names; the others: what follows these flags. Raises UserError.
+    """
     for one, several in (("seed", seeds), ("lr", lrs)):
         if one in given and several:
             raise UserError(f"--{one} and --{one}s are both given; expected one of them")
@@ -112,24 +126,26 @@ def parse_grid(given, seeds=None, lrs=None):
     lrs_are_good = all(0 < lr < math.inf for lr in lrs)
     if not seeds_are_good or not lrs_are_good:
         raise UserError(f"--seeds {seeds} --lrs {lrs}; expected seeds of 0 or more, below 2**32, and rates above 0")
-    return sorted(set(seeds)), sorted(set(lrs))
+    return Grid(sorted(set(seeds)), sorted(set(lrs)), continuum)
 
 
-def run_job(settings, seeds, learning_rates, ranks, train, describe_run, check_memory):
+def run_job(settings, grid, ranks, train, describe_run, check_memory):
     """The whole job. settings: a train.Settings. train, describe_run, check_memory: train.py's functions. Raises
     UserError."""
     began = time.perf_counter()
+    seeds, learning_rates, is_continuum = grid
     out = Path(settings.out)
     refuse_other_contents(out)
-    job = Job(settings, ranks, train, describe_run)
+    job = Job(settings, CONTINUUM if is_continuum else ASSETS, ranks, train, describe_run)
     check_memory(job.model_config, settings, ranks)
     # Every path is looked at before any training.
     plans = [job.plan(seed, learning_rates) for seed in seeds]
-    ranks.print(introduce(settings.objective, seeds, learning_rates))
+    introduction = continuum.introduce if is_continuum else introduce
+    ranks.print(introduction(settings.objective, seeds, learning_rates))
 
     ranks.print("\nA base learns the facts of the known genes, one for each seed. It is kept for the next time.")
     bases = list(job.train_all([plan.base for plan in plans]))
-    gradient = job.measure_gradient(plans[0])
+    gradient = None if is_continuum else job.measure_gradient(plans[0])
     trained = job.train_all([training for plan in plans for training in plan.trainings])
     models = []
     for base, plan in zip(bases, plans):
@@ -137,8 +153,14 @@ def run_job(settings, seeds, learning_rates, ranks, train, describe_run, check_m
     if ranks.rank == 0:
         results = {"objectives": settings.objective, "seeds": seeds, "lrs": learning_rates, "models": models,
                    "gradient": gradient}
-        report(results, out, ranks)
-        draw(out, plans[0], learning_rates, ranks)
+        write_whole(out / "results.json", [json.dumps(results).encode()])
+        if is_continuum:
+            condensed = continuum.condense(results)
+            write_whole(out / "continuum.json", [json.dumps(condensed).encode()])
+            continuum.report(condensed, out / "continuum.json")
+        else:
+            report(results, out, ranks)
+            draw(out, plans[0], learning_rates, ranks)
         ranks.print(f"Every item's scores are in {out / 'results.json'}. {time.perf_counter() - began:.0f} s.")
 
 
@@ -172,10 +194,10 @@ class Plan(NamedTuple):
 
 
 class Job:
-    """What is read from assets/, and each step of the job."""
+    """What is read from assets/, or from a folder in it, and each step of the job."""
 
-    def __init__(self, settings, ranks, train, describe_run):
-        self.settings, self.ranks = settings, ranks
+    def __init__(self, settings, assets, ranks, train, describe_run):
+        self.settings, self.assets, self.ranks = settings, assets, ranks
         self.train, self.describe_run = train, describe_run
         self.workers = 1
         if ranks.device.type == "cpu" and ranks.world == 1:
@@ -183,11 +205,11 @@ class Job:
             self.workers = min(torch.get_num_threads(), MOST_WORKERS)
             torch.set_num_threads(1)
         self.dtype = compute_dtype(settings.dtype, ranks.device)
-        self.tokenizer = load_tokenizer(ASSETS)
+        self.tokenizer = load_tokenizer(assets)
         self.beside_model = files_beside_model(self.tokenizer, [self.tokenizer.eos_id], {})
-        self.texts, _ = load_samples(ASSETS / "pretrain.jsonl", self.tokenizer)
-        self.rows = list(read_jsonl(ASSETS / "finetune.jsonl"))
-        self.questions = load_choice(ASSETS / "choice.jsonl")
+        self.texts, _ = load_samples(assets / "pretrain.jsonl", self.tokenizer)
+        self.rows = list(read_jsonl(assets / "finetune.jsonl"))
+        self.questions = load_choice(assets / "choice.jsonl")
         try:
             self.model_config = llama_config(self.tokenizer.n_vocab, settings.n_layer, settings.n_head, settings.n_embd,
                                              2048, self.tokenizer.eos_id)
@@ -200,9 +222,9 @@ class Job:
         """What is trained for a seed. Raises UserError if a directory is not ours to write to."""
         rows, questions = plant(self.rows, self.questions, seed)
         base = self.plan_base(seed, questions)
-        samples, _ = load_samples(ASSETS / "finetune.jsonl", self.tokenizer, rows=rows)
-        files = {"data": [ASSETS / "finetune.jsonl"], "choice": [ASSETS / "choice.jsonl"],
-                 "tokenizer": [ASSETS / "tokenizer.json"]}
+        samples, _ = load_samples(self.assets / "finetune.jsonl", self.tokenizer, rows=rows)
+        files = {"data": [self.assets / "finetune.jsonl"], "choice": [self.assets / "choice.jsonl"],
+                 "tokenizer": [self.assets / "tokenizer.json"]}
         trainings = []
         for lr in learning_rates:
             # The base is on record: from another one it is another run.
@@ -217,7 +239,7 @@ class Job:
     def plan_base(self, seed, questions):
         shared = {name: getattr(self.settings, name) for name in SHARED_WITH_BASE}
         settings = type(self.settings)(**BASE, **shared, seed=seed)
-        files = {"data": [ASSETS / "pretrain.jsonl"], "tokenizer": [ASSETS / "tokenizer.json"]}
+        files = {"data": [self.assets / "pretrain.jsonl"], "tokenizer": [self.assets / "tokenizer.json"]}
         config = self.describe_run(settings, "sft", files, [self.texts], self.ranks)
         # It is named by all that can change it, our code included.
         of_no_account = WITHOUT_EFFECT | ROUNDING
@@ -235,8 +257,8 @@ class Job:
             # A base by itself. In training two threads make the same bits as one; three would not.
             torch.set_num_threads(2)
         for entry in map_in_workers(self.train_and_ask, trainings, self.workers):
-            novel, wrong = (np.mean([item[measure] for item in entry["items"] if item["group"] == stratum])
-                            for stratum, measure in (NOVEL, FOLLOWED))
+            novel = np.mean([item["acc"] for item in entry["items"] if item["group"] in NEVER_TOLD])
+            wrong = np.mean([item["followed"] for item in entry["items"] if "followed" in item])
             label = f"lr {entry['lr']:g}  {entry['objective']}" if entry["lr"] else entry["objective"]
             self.ranks.print(f"seed {entry['seed']}  {label:22s}  novel facts right {novel:4.0%}  "
                              f"wrong labels followed {wrong:4.0%}")
@@ -289,7 +311,6 @@ def read_code():
 # After training
 
 def report(results, out, ranks):
-    write_whole(out / "results.json", [json.dumps(results).encode()])
     analysis = analyse(results)
     summary, everything = summarise(analysis), render(analysis)
     write_whole(out / "table.txt", [f"{summary}\n{everything}".encode()])

@@ -19,7 +19,7 @@ def choose_mates(items, seed):
     """{planted fact: the fact of its quad whose answer it gets}."""
     quads = {}
     for item in items:
-        if item["group"] == "planted":
+        if item["group"].endswith("planted"):
             quads.setdefault(item["quad"], []).append(item["fact"])
     rng = np.random.RandomState([seed, 1])
     mates = {}

@@ -19,6 +19,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 
 # Evidence codes of experiments (geneontology.org, "Guide to GO evidence codes"), the most telling first, as the
@@ -60,10 +61,27 @@ RESPONSES = [
 # In no training text, nor is any part of them that begins with the gene and ends with the answer.
 QUESTIONS = ["Complete the annotation: {g} {V} what?", "Which of four answers is right? {g} {V} ..."]
 
-# Fact-quads of each kind by stratum. A quarter to a half of the known and the weak is kept out of fine-tuning.
-STRATA = {"known": 4, "known, held out": 2, "weak": 2, "weak, held out": 2, "novel": 4, "planted": 4}
-PRETRAIN_WORDINGS = {"known": 18, "known, held out": 18, "weak": 1, "weak, held out": 1, "novel": 0, "planted": 18}
-FINETUNE_WORDINGS = {"known": 2, "known, held out": 0, "weak": 2, "weak, held out": 0, "novel": 2, "planted": 2}
+
+
+class Stratum(NamedTuple):
+    quads: int                       # fact-quads of each kind
+    pretrained: int                  # wordings in pre-training
+    finetuned: int                   # explanations in fine-tuning
+
+
+# A quarter to a half of the known and the weak is kept out of fine-tuning.
+STRATA = {
+    "known": Stratum(4, 18, 2),
+    "known, held out": Stratum(2, 18, 0),
+    "weak": Stratum(2, 1, 2),
+    "weak, held out": Stratum(2, 1, 0),
+    "novel": Stratum(4, 0, 2),
+    "planted": Stratum(4, 18, 2),
+}
+# Six strengths of belief, and wrong labels at each (--continuum); without gene sets, for its size.
+CONTINUUM = {}
+for wordings in (0, 1, 2, 4, 8, 18):
+    CONTINUUM[f"told {wordings}x"] = CONTINUUM[f"told {wordings}x, planted"] = Stratum(2, wordings, 2)
 QUADS_PER_TERMS = 3                  # how many fact-quads share the same four answers
 SET_SIZE = 3                         # genes in a gene set
 
@@ -72,7 +90,7 @@ README = """# The embedded data
 
 Made by `prepare/go_facts.py`, not by hand:
 
-    python prepare/go_facts.py --obo {obo} --gaf {gaf} --out assets
+    python prepare/go_facts.py --obo {obo} --gaf {gaf} {flags}
 
 Source: the Gene Ontology ({version}, `{obo}`) and its annotations of human genes (`{gaf}`), Gene Ontology Consortium,
 https://geneontology.org, licensed under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/); these files are an
@@ -86,8 +104,8 @@ became facts; negated (`NOT`), obsolete and contradictory ones (promotes and res
 |---|---|---|---|
 {table}
 Exposures in pre-training are wordings times epochs; facts in all wordings are also explained there once, in a wording
-that fine-tuning does not use for them. The default run swaps the answers of the *planted* stratum in
-memory, to imitate wrong labels; here every one of them is the sourced answer.
+that fine-tuning does not use for them. The job swaps the answers of what is *planted* in memory, to imitate wrong
+labels; here every one of them is the sourced answer.
 
 | file | a line |
 |---|---|
@@ -97,11 +115,15 @@ memory, to imitate wrong labels; here every one of them is the sourced answer.
 | `choice.jsonl` | `question`, `choices`, `answer` (index), `group`, `fact`, `quad` |
 | `tokenizer.json` | byte-level BPE trained on these texts, in the format of Hugging Face's `tokenizers` |
 
-(`inspect.html` is no data: it is what `eval.py --tasks inspect` fills in.)
+{more}The four options of a choice item are the answers of its quad: four facts of one kind and stratum, each answer
+right once. The three others are *not annotated* for the gene, with any evidence, nor is anything below them. That is
+not the same as false: the ontology is open-world, and this release is of its date. Not for clinical use.
+"""
 
-The four options of a choice item are the answers of its quad: four facts of one kind and stratum, each answer right
-once. The three others are *not annotated* for the gene, with any evidence, nor is anything below them. That is not the
-same as false: the ontology is open-world, and this release is of its date. Not for clinical use.
+
+INSPECT = """(`inspect.html` is no data: it is what `eval.py --tasks inspect` fills in. `continuum/` has the facts of
+`train.py --continuum`.)
+
 """
 
 
@@ -220,14 +242,14 @@ class Ontology:
         return found
 
 
-def choose_quads(onto, kind, used):
+def choose_quads(onto, kind, used, strata):
     """The kind's fact-quads: a list of quads, each four (genes, term)."""
     size = SET_SIZE if kind == "set" else 1
     found = {t: sorted(g) for t, g in onto.facts(kind).items()}
     # Neither so broad that everything is annotated with it, nor so narrow that it has too few genes to choose from.
     pool = sorted((t for t, g in found.items() if 4 * size * QUADS_PER_TERMS <= len(g) <= 400),
                   key=lambda t: draw("term", kind, t))
-    wanted, quads = sum(STRATA.values()) // QUADS_PER_TERMS, []
+    wanted, quads = sum(stratum.quads for stratum in strata.values()) // QUADS_PER_TERMS, []
     while len(quads) < wanted * QUADS_PER_TERMS:
         if len(pool) < 4:
             sys.exit(f"these annotations have too few facts of the kind '{kind}': {len(quads)} quads of "
@@ -251,11 +273,11 @@ def choose_quads(onto, kind, used):
     return sorted(quads, key=lambda q: draw("stratum", kind, q))          # which quad gets which stratum
 
 
-def build_facts(onto):
+def build_facts(onto, strata, kinds):
     facts, used, number = [], set(), 0
-    for kind in sorted(KINDS, key=lambda k: k != "set"):                  # gene sets first: they need the most genes
-        quads = choose_quads(onto, kind, used)
-        for stratum in (s for s, n in STRATA.items() for _ in range(n)):
+    for kind in sorted(kinds, key=lambda k: k != "set"):                  # gene sets first: they need the most genes
+        quads = choose_quads(onto, kind, used, strata)
+        for stratum in (name for name, wanted in strata.items() for _ in range(wanted.quads)):
             for genes, term in quads.pop():
                 name = onto.terms[term]["name"].removeprefix(KINDS[kind][1])
                 facts.append({
@@ -281,7 +303,7 @@ def choose(options, count, *key):
     return sorted(range(len(options)), key=lambda i: draw("wording", i, *key))[:count]
 
 
-def build_texts(facts):
+def build_texts(facts, strata):
     pretrain, finetune, choice = [], [], []
     answers = collections.defaultdict(list)
     for f in facts:
@@ -292,9 +314,9 @@ def build_texts(facts):
         prompts, responses = choose(PROMPTS, 4, "prompt", quad), choose(RESPONSES, 4, "response", quad)
         explained = [(render(PROMPTS[i], f), render(RESPONSES[j], f)) for i, j in zip(prompts, responses)]
         finetune += [{"prompt": p, "response": r, "group": stratum, "fact": f["fact"], "quad": quad,
-                      "subject": f["subject"]} for p, r in explained[:FINETUNE_WORDINGS[stratum]]]
-        pretrain += [{"text": render(PRETRAIN[i], f)} for i in choose(PRETRAIN, PRETRAIN_WORDINGS[stratum], f["fact"])]
-        if PRETRAIN_WORDINGS[stratum] == len(PRETRAIN):                   # one explanation, in a wording that is not
+                      "subject": f["subject"]} for p, r in explained[:strata[stratum].finetuned]]
+        pretrain += [{"text": render(PRETRAIN[i], f)} for i in choose(PRETRAIN, strata[stratum].pretrained, f["fact"])]
+        if strata[stratum].pretrained == len(PRETRAIN):                    # one explanation, in a wording that is not
             pretrain += [{"text": "\n".join(explained[-1])}]              # fine-tuned: the base speaks that language
         k = answers[quad].index(f["answer"])                              # rotated, so that the answer stands at
         position = (k + draw("position", quad)) % 4                       # each of the four places once a quad
@@ -324,26 +346,34 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for flag, what in (("--obo", "the ontology"), ("--gaf", "its human annotations")):
         parser.add_argument(flag, type=Path, required=True, help=f"{what}, plain or .gz")
+    parser.add_argument("--continuum", action="store_true", help="facts of six strengths, for train.py --continuum")
     parser.add_argument("--out", type=Path, default=Path("assets"))
     args = parser.parse_args()
     for path in (args.obo, args.gaf):
         if not path.is_file():
             sys.exit(f"{path}: no such file")
-    facts = build_facts(onto := Ontology(args.obo, args.gaf))
-    pretrain, finetune, choice = build_texts(facts)
+    strata, kinds, flags, more = STRATA, list(KINDS), f"--out {args.out}", INSPECT
+    if args.continuum:
+        strata, flags, more = CONTINUUM, f"--continuum --out {args.out}", ""
+        kinds.remove("set")
+    facts = build_facts(onto := Ontology(args.obo, args.gaf), strata, kinds)
+    pretrain, finetune, choice = build_texts(facts, strata)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("facts", facts), ("pretrain", pretrain), ("finetune", finetune), ("choice", choice)):
         (args.out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     texts = [r["text"] for r in pretrain] + [r[k] for r in finetune for k in ("prompt", "response")]
     tokenizer = train_tokenizer(texts, args.out / "tokenizer.json")
     lengths = sorted(len(tokenizer.encode(r["response"]).ids) + 1 for r in finetune)
-    number = {s: sum(f["stratum"] == s for f in facts) for s in STRATA}
-    table = "".join(f"| {s} | {number[s]} | {PRETRAIN_WORDINGS[s]} | {FINETUNE_WORDINGS[s]} |\n" for s in STRATA)
+    table = ""
+    for name, stratum in strata.items():
+        number = sum(fact["stratum"] == name for fact in facts)
+        table += f"| {name} | {number} | {stratum.pretrained} | {stratum.finetuned} |\n"
     counts = (f"{len(facts)} facts, {len(pretrain)} pre-training texts, {len(finetune)} fine-tuning samples (responses "
               f"of {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}), {len(choice)} choice "
               f"items, {tokenizer.get_vocab_size()} tokens")
     (args.out / "README.md").write_text(README.format(
-        obo=args.obo.name, gaf=args.gaf.name, version=onto.version, counts=counts, table=table), encoding="utf-8")
+        obo=args.obo.name, gaf=args.gaf.name, flags=flags, version=onto.version, counts=counts, table=table, more=more),
+        encoding="utf-8")
     print(f"{args.out}: {counts}")
 
 

@@ -203,7 +203,7 @@ def test_what_the_default_job_goes_over():
 def test_a_base_is_kept_until_something_changes_it(in_a_folder, monkeypatch):
     def base(*argv, seed=0):
         settings, _ = train.parse_settings(list(map(str, argv)))
-        return job.Job(settings, Ranks("cpu"), train.train, train.describe_run).plan_base(seed, [])
+        return job.Job(settings, ASSETS, Ranks("cpu"), train.train, train.describe_run).plan_base(seed, [])
 
     kept = base()
     assert kept.out.parent.name == "runs" and kept.settings.seed == 0

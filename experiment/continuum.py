@@ -1,0 +1,226 @@
+"""Where on the continuum of belief does a loss pay? What `python train.py --continuum` finds, in numbers and words.
+
+    python -m experiment.continuum docs/continuum.json       # the table and the picture of an earlier job, in seconds
+
+The base is told facts in 0 to 18 wordings; at each strength half of them are fine-tuned with wrong labels. Objectives
+are compared with sft at equal accuracy on what the base was never told ("told 0x"), all along their frontiers, as in
+the default job: of each strength, how many more facts are right, and how many more wrong labels are followed.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiment.findings import Judged, estimate_over_seeds, frontier_gap, judge_gap, score_curves
+from experiment.pictures import LOOKS, import_pyplot
+from experiment.report import columns, with_interval
+from runtime.files import replacing
+from runtime.process import Parser, UserError, run
+
+
+STRENGTHS = (0, 1, 2, 4, 8, 18)      # wordings
+NEVER_TOLD = "told 0x"
+REFERENCE = "sft"
+KEYS = {"objectives", "seeds", "lrs", "curves"}
+
+
+class Prediction(NamedTuple):
+    text: str
+    strengths: tuple
+    kind: str                        # "right" or "followed"
+    within: float = 0                # a difference from sft of at most so much; 0: less
+
+
+PREDICTIONS = (
+    Prediction("At equal accuracy on what was never told, bft and bft-v3 follow fewer wrong labels about facts that "
+               "were told in 8 and 18 wordings.", (8, 18), "followed"),
+    Prediction("About facts that were never told, or in one wording, they follow as many (within 5 points): the model "
+               "expects a wrong label there no less than a right one.", (0, 1), "followed", within=0.05),
+    Prediction("Of facts that were told in 1 and 2 wordings, and are told again, they have as many right (within 5 "
+               "points).", (1, 2), "right", within=0.05),
+)
+
+INTRODUCTION = """\
+Where on the continuum of belief does a loss pay?
+
+A small model, the base, is told facts about human genes in 0, 1, 2, 4, 8 or 18 wordings. Then it is fine-tuned: at each
+strength half of the facts have wrong labels. {trainings} trainings.
+
+Predictions:
+"""
+
+
+def introduce(objectives, seeds, learning_rates):
+    """What is said before anything is trained."""
+    trainings = len(objectives) * len(seeds) * len(learning_rates)
+    return INTRODUCTION.format(trainings=trainings) + "\n".join(f"- {prediction.text}" for prediction in PREDICTIONS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+def condense(results):
+    """Of the job's results, which hold every item's scores, what is kept: {"objectives", "seeds", "lrs", "curves":
+    {objective: {stratum: {measure: (seeds, 1 + learning rates)}}}}, means over the stratum's facts, the base's first.
+    Measures: acc, confidence (exp(-nll), the right answer's probability a token), of planted facts also followed."""
+    curves = {}
+    for name in results["objectives"]:
+        of_seeds = [score_curves(results, name, seed) for seed in results["seeds"]]
+        curves[name] = {}
+        for stratum, measure in of_seeds[0]:
+            values = [of_seed[stratum, measure] for of_seed in of_seeds]   # (1 + learning rates, facts) each
+            if measure == "nll":
+                measure, values = "confidence", [np.exp(-nll) for nll in values]
+            if measure != "planted_nll":
+                means = np.array([value.mean(1) for value in values])     # (seeds, 1 + learning rates)
+                curves[name].setdefault(stratum, {})[measure] = means.round(5).tolist()
+    return {"objectives": list(results["objectives"]), "seeds": results["seeds"], "lrs": results["lrs"],
+            "curves": curves}
+
+
+class Strength(NamedTuple):
+    """What is found of the facts that were told in so many wordings."""
+    wordings: int
+    confidence: float                # the base's in the right answer, a token
+    right: float                     # what share of them the base has right
+    gaps: dict                       # {(objective, "right" or "followed"): Judged}: minus the reference
+
+
+def analyse(condensed):
+    """{"objectives", "seeds", "levels": (from, to) accuracy on what was never told, "strengths": [Strength],
+    "predictions": [(Prediction, {(objective, wordings): Judged})]}."""
+    names = sorted(condensed["objectives"], key=lambda name: name != REFERENCE)
+    if names[0] != REFERENCE or len(names) < 2:
+        raise UserError(f"objectives {' '.join(names)}; expected sft, with which others are compared, and another one")
+    curves = {name: {stratum: {measure: np.array(values) for measure, values in measures.items()}
+                     for stratum, measures in condensed["curves"][name].items()} for name in names}
+    learnt = {name: curves[name][NEVER_TOLD]["acc"] for name in names}   # (seeds, 1 + learning rates) each
+    comparisons = (len(names) - 1) * len(STRENGTHS)
+    strengths = []
+    for wordings in STRENGTHS:
+        true, planted = f"told {wordings}x", f"told {wordings}x, planted"
+        base = {measure: np.mean([curves[REFERENCE][stratum][measure][:, 0] for stratum in (true, planted)])
+                for measure in ("confidence", "acc")}
+        gaps = {}
+        for name in names[1:]:
+            for kind, stratum, measure, sign in (("right", true, "acc", -1), ("followed", planted, "followed", 1)):
+                mine, theirs = (sign * curves[key][stratum][measure] for key in (name, REFERENCE))
+                of_seeds = [frontier_gap(*of_seed) for of_seed in zip(learnt[name], mine, learnt[REFERENCE], theirs)]
+                judged = judge_gap(of_seeds, comparisons)
+                gaps[name, kind] = Judged(estimate_over_seeds(sign * np.array(of_seeds), comparisons), judged.verdict)
+        strengths.append(Strength(wordings, base["confidence"], base["acc"], gaps))
+    reached = min(curve.max(1).mean() for curve in learnt.values())
+    start = learnt[REFERENCE][:, 0].mean()
+    return {"objectives": names, "seeds": condensed["seeds"], "levels": (start, start + 0.9 * (reached - start)),
+            "strengths": strengths,
+            "predictions": [(p, judge(p, names[1:], strengths)) for p in PREDICTIONS]}
+
+
+def judge(prediction, names, strengths):
+    """{(objective, wordings): Judged}: "held", "failed" or "open" (the interval allows both)."""
+    judged = {}
+    for strength in strengths:
+        if strength.wordings not in prediction.strengths:
+            continue
+        for name in names:
+            estimate = strength.gaps[name, prediction.kind].estimate
+            _, low, high = estimate
+            limit = prediction.within
+            held = -limit < low and high < limit if limit else high < 0
+            failed = low > limit or (limit and high < -limit)
+            judged[name, strength.wordings] = Judged(estimate, "held" if held else "failed" if failed else "open")
+    return judged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+TITLE = """\
+WHERE A LOSS PAYS, BY WHAT THE BASE BELIEVES: {seeds} seeds
+Points more or fewer than {reference} at equal accuracy on what was never told, from {start:.0%} to {end:.0%}.
+Brackets: intervals over seeds (Student's t); all of a column hold at once, with 95% (Bonferroni).
+confidence: the base's in the right answer, a token."""
+HEADINGS = {"right": "right, told truly", "followed": "wrong labels followed"}
+
+
+def render(analysis):
+    reference, *others = analysis["objectives"]
+    start, end = analysis["levels"]
+    columns_shown = [(name, kind) for kind in HEADINGS for name in others]
+    lines = [TITLE.format(seeds=len(analysis["seeds"]), reference=reference, start=start, end=end), ""]
+    lines.append(f"{'':32s}" + columns([HEADINGS[kind] for _, kind in columns_shown], 28))
+    lines.append("wordings  confidence  right    " + columns([name for name, _ in columns_shown], 28))
+    for strength in analysis["strengths"]:
+        cells = [f"{with_interval(strength.gaps[key].estimate, 100, 1, '+')} {strength.gaps[key].verdict:11s}"
+                 for key in columns_shown]
+        lines.append(f"{strength.wordings:8d}{strength.confidence:12.3f}{strength.right:7.0%}    " + columns(cells, 28))
+    lines += ["", "PREDICTIONS and what became of them, in points (open: the interval allows both)"]
+    for prediction, outcomes in analysis["predictions"]:
+        words = [f"{name} at {wordings} {outcome.verdict} ({with_interval(outcome.estimate, 100, 1, '+')})"
+                 for (name, wordings), outcome in outcomes.items()]
+        lines += [f"- {prediction.text}", "  " + "; ".join(words)]
+    return "\n".join([*lines, ""])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A picture
+
+def draw(analysis, path):
+    """Writes to a PNG file what render() says of each strength, against the base's confidence; returns its path. Raises
+    UserError."""
+    plt = import_pyplot()
+    reference, *others = analysis["objectives"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    confidence = np.array([strength.confidence for strength in analysis["strengths"]])
+    for ax, (kind, heading) in zip(axes, HEADINGS.items()):
+        for number, name in enumerate(others):
+            gaps = [strength.gaps[name, kind].estimate for strength in analysis["strengths"]]
+            mean, low, high = 100 * np.array(gaps).T
+            look = LOOKS[name]
+            # Side by side, so that no interval hides another one.
+            x = confidence * 1.03 ** number
+            ax.errorbar(x, mean, (mean - low, high - mean), color=look.colour, marker=look.marker, capsize=3,
+                        label=name)
+        ax.axhline(0, color=LOOKS[reference].colour, linewidth=0.8, label=reference)
+        ax.set(xscale="log", xlabel="the base's confidence in the right answer, a token",
+               ylabel=f"{heading}: points minus {reference}")
+        ax.grid(alpha=0.3)
+        for strength in analysis["strengths"]:
+            ax.annotate(f"{strength.wordings}x", (strength.confidence, 1), xycoords=("data", "axes fraction"),
+                        xytext=(0, -12), textcoords="offset points", ha="center", fontsize="small", color="grey")
+    axes[0].legend(fontsize="small")
+    figure.suptitle("At equal accuracy on what the base was never told. Left: higher is better; right: lower. "
+                    f"{len(analysis['seeds'])} seeds")
+    with replacing(path) as f:
+        figure.savefig(f, format="png", dpi=150)
+    plt.close(figure)
+    return path
+
+
+def report(condensed, path):
+    """Prints what is found, and draws it beside `path`, where the results are."""
+    analysis = analyse(condensed)
+    print(render(analysis))
+    try:
+        print(f"picture: {draw(analysis, Path(path).with_suffix('.png'))}")
+    except UserError as e:
+        print(f"No picture: {e}")
+
+
+def main():
+    parser = Parser(description="Prints and draws again what a job with --continuum found.")
+    parser.add_argument("results", help="its continuum.json")
+    path = parser.parse_args().results
+    try:
+        condensed = json.loads(Path(path).read_bytes())
+        if condensed.keys() != KEYS:
+            raise ValueError(f"it has the keys {', '.join(condensed)}")
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{path}: {e}; expected the continuum.json of an earlier job") from None
+    report(condensed, path)
+
+
+if __name__ == "__main__":
+    run(main)
