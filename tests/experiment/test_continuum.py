@@ -1,0 +1,139 @@
+"""Where on the continuum a loss pays: numbers from made-up curves, and the command that prints them again."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support import ROOT
+
+from experiment import continuum
+from runtime.process import UserError
+
+
+STRATA = [f"told {wordings}x{planted}" for wordings in continuum.STRENGTHS for planted in ("", ", planted")]
+
+
+def made_up(seeds=4, more_right=0.0, fewer_followed=0.0, noise=0.003):
+    """Curves in which bft has more right, and follows fewer, than sft at equal accuracy on what was never told, from
+    the first rate on: by so much times the place of the strength."""
+    rng = np.random.RandomState(0)
+    never_told = np.array([0.25, 0.35, 0.45, 0.55])
+    curves = {}
+    for name in ("sft", "bft"):
+        curves[name] = {}
+        for stratum in STRATA:
+            place = continuum.STRENGTHS.index(int(stratum.split("x")[0].removeprefix("told ")))
+            started = np.array([0, 1, 1, 1]) * (name == "bft")
+            acc = never_told + 0.05 * place + started * more_right * place
+            if stratum == continuum.NEVER_TOLD:
+                acc = never_told
+            measures = {"acc": acc, "confidence": np.full(4, 0.01 * 2 ** place)}
+            if "planted" in stratum:
+                measures["followed"] = never_told - 0.2 - started * fewer_followed * place
+            curves[name][stratum] = {key: (values + noise * rng.randn(seeds, 4) * (stratum != continuum.NEVER_TOLD)).tolist()
+                                     for key, values in measures.items()}
+    return {"objectives": ["bft", "sft"], "seeds": list(range(seeds)), "lrs": [1e-4, 1e-3, 1e-2], "curves": curves}
+
+
+def test_gaps_are_those_that_were_put_in():
+    analysis = continuum.analyse(made_up(more_right=0.02, fewer_followed=0.03, noise=0.001))
+    assert analysis["objectives"] == ["sft", "bft"]
+    assert np.allclose(analysis["levels"], (0.25, 0.25 + 0.9 * 0.3))
+    # Up to the first rate the difference grows from nothing: half of it, over a third of nine tenths of the way.
+    share = 1 - 0.5 * (0.1 / 0.27)
+    for place, strength in enumerate(analysis["strengths"]):
+        assert strength.wordings == continuum.STRENGTHS[place]
+        assert strength.confidence == pytest.approx(0.01 * 2 ** place, abs=0.002)
+        right, followed = strength.gaps["bft", "right"], strength.gaps["bft", "followed"]
+        if place > 0:
+            assert right.estimate.mean == pytest.approx(0.02 * place * share, abs=0.004)
+            assert right.estimate.low < right.estimate.mean < right.estimate.high
+            assert right.verdict == followed.verdict == "better"
+        assert followed.estimate.mean == pytest.approx(-0.03 * place * share, abs=0.004)
+
+
+def test_worse_is_said_too_and_all_intervals_hold_at_once():
+    analysis = continuum.analyse(made_up(more_right=-0.02, fewer_followed=-0.03, noise=0.001))
+    last = analysis["strengths"][-1]
+    assert last.gaps["bft", "right"].verdict == last.gaps["bft", "followed"].verdict == "worse"
+    assert last.gaps["bft", "right"].estimate.high < 0 < last.gaps["bft", "followed"].estimate.low
+    # Six strengths of one objective: Bonferroni's intervals are wider than one by itself.
+    curves = made_up()
+    estimate = continuum.analyse(curves)["strengths"][3].gaps["bft", "followed"].estimate
+    gaps = [continuum.frontier_gap(*(np.array(curves["curves"][name][stratum][measure][seed]) for name, stratum, measure in (
+        ("bft", "told 0x", "acc"), ("bft", "told 4x, planted", "followed"), ("sft", "told 0x", "acc"),
+        ("sft", "told 4x, planted", "followed")))) for seed in range(4)]
+    assert estimate.mean == pytest.approx(np.mean(gaps))
+    # Student's t with 3 degrees of freedom: 3.18 at 2.5%, 6.23 at 2.5% / 6.
+    assert estimate.high - estimate.mean == pytest.approx(6.23 * np.std(gaps, ddof=1) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("fewer, verdicts", [(0.05, {8: "held", 18: "held"}), (-0.05, {8: "failed", 18: "failed"})])
+def test_predictions_are_judged_by_intervals(fewer, verdicts):
+    analysis = continuum.analyse(made_up(fewer_followed=fewer, noise=0.001))
+    for prediction, outcomes in analysis["predictions"]:
+        assert {wordings for _, wordings in outcomes} == set(prediction.strengths)
+        if prediction.strengths == (8, 18):
+            assert {wordings: outcome.verdict for (_, wordings), outcome in outcomes.items()} == verdicts
+        if prediction.kind == "right":
+            assert all(outcome.verdict == "held" for outcome in outcomes.values())
+    wide = continuum.analyse(made_up(fewer_followed=0.0, noise=0.1))
+    assert "open" in {outcome.verdict for _, outcomes in wide["predictions"] for outcome in outcomes.values()}
+
+
+def test_what_is_kept_of_the_items():
+    """Means over the facts of each stratum, against loops."""
+    rng = np.random.RandomState(0)
+    models = []
+    for seed in (3, 5):
+        for name, lr in [("base", 0), *itertools.product(("sft", "bft"), (0.1, 0.2))]:
+            items = []
+            for stratum in STRATA[:4] * 3:
+                item = {"line": len(items), "group": stratum, "acc": int(rng.rand() < 0.5), "nll": rng.rand()}
+                if "planted" in stratum:
+                    item |= {"followed": int(rng.rand() < 0.5), "planted_nll": rng.rand()}
+                items.append(item)
+            models.append({"objective": name, "seed": seed, "lr": lr, "items": items})
+    results = {"objectives": ("sft", "bft"), "seeds": [3, 5], "lrs": [0.1, 0.2], "models": models, "gradient": None}
+    condensed = json.loads(json.dumps(continuum.condense(results)))
+    assert condensed.keys() == continuum.KEYS
+    for model in models:
+        names = ("sft", "bft") if model["objective"] == "base" else (model["objective"],)
+        place = [0, 0.1, 0.2].index(model["lr"])
+        for name, stratum in itertools.product(names, STRATA[:4]):
+            items = [item for item in model["items"] if item["group"] == stratum]
+            kept = condensed["curves"][name][stratum]
+            expected = {"acc": np.mean([i["acc"] for i in items]), "confidence": np.mean([np.exp(-i["nll"]) for i in items])}
+            if "planted" in stratum:
+                expected["followed"] = np.mean([item["followed"] for item in items])
+            assert kept.keys() == expected.keys()
+            for key, value in expected.items():
+                assert kept[key][[3, 5].index(model["seed"])][place] == pytest.approx(value, abs=1e-5)
+
+
+def print_again(path):
+    return subprocess.run([sys.executable, "-m", "experiment.continuum", path], cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.slow
+def test_it_is_printed_and_drawn_again(tmp_path):
+    path = tmp_path / "kept.json"
+    path.write_text(json.dumps(made_up(fewer_followed=0.03)))
+    result = print_again(path)
+    assert result.returncode == 0, result.stderr
+    assert "4 seeds" in result.stdout and "from 25% to 52%" in result.stdout and "PREDICTIONS" in result.stdout
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+    for content, words in (("{}", "it has the keys"), ("[1]", "expected the continuum.json"), ("nonsense", "Expecting value")):
+        path.write_text(content)
+        result = print_again(path)
+        assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_sft_is_what_others_are_compared_with():
+    curves = made_up()
+    curves["objectives"] = ["bft"]
+    with pytest.raises(UserError, match="expected sft"):
+        continuum.analyse(curves)
