@@ -226,6 +226,8 @@ def wrong_commands(page):
 
 def what_is_wrong(command):
     """What is wrong with a command; None if nothing is."""
+    if command[:2] == ["python", "-m"] and command[2].startswith("experiment."):
+        command = ["python", command[2].replace(".", "/") + ".py", *command[3:]]
     program = "pytest" if command[:3] == ["python", "-m", "pytest"] else command[0]
     script, arguments = script_of(command) or (None, [])
     if script and not (ROOT / script).is_file():
