@@ -15,7 +15,7 @@ import numpy as np
 
 from experiment.findings import Judged, estimate_over_seeds, frontier_gap, judge_gap, score_curves
 from experiment.pictures import LOOKS, import_pyplot
-from experiment.report import columns, with_interval
+from experiment.report import VERDICTS, columns, with_interval
 from runtime.files import replacing
 from runtime.process import Parser, UserError, run
 
@@ -150,12 +150,12 @@ def render(analysis):
     start, end = analysis["levels"]
     columns_shown = [(name, kind) for kind in HEADINGS for name in others]
     lines = [TITLE.format(seeds=len(analysis["seeds"]), reference=reference, start=start, end=end), ""]
-    lines.append(f"{'':32s}" + columns([HEADINGS[kind] for _, kind in columns_shown], 28))
-    lines.append("wordings  confidence  right    " + columns([name for name, _ in columns_shown], 28))
+    lines.append(" " * 27 + columns([HEADINGS[kind] for _, kind in columns_shown], 26))
+    lines.append("wordings  confidence  right" + columns([name for name, _ in columns_shown], 26))
     for strength in analysis["strengths"]:
-        cells = [f"{with_interval(strength.gaps[key].estimate, 100, 1, '+')} {strength.gaps[key].verdict:11s}"
+        cells = [f"{with_interval(strength.gaps[key].estimate, 100, 1, '+')} {VERDICTS[strength.gaps[key].verdict]:6s}"
                  for key in columns_shown]
-        lines.append(f"{strength.wordings:8d}{strength.confidence:12.3f}{strength.right:7.0%}    " + columns(cells, 28))
+        lines.append(f"{strength.wordings:8d}{strength.confidence:12.3f}{strength.right:7.0%}" + columns(cells, 26))
     lines += ["", "PREDICTIONS and what became of them, in points (open: the interval allows both)"]
     for prediction, outcomes in analysis["predictions"]:
         words = [f"{name} at {wordings} {outcome.verdict} ({with_interval(outcome.estimate, 100, 1, '+')})"
@@ -180,16 +180,15 @@ def draw(analysis, path):
             mean, low, high = 100 * np.array(gaps).T
             look = LOOKS[name]
             # Side by side, so that no interval hides another one.
-            x = confidence * 1.03 ** number
-            ax.errorbar(x, mean, (mean - low, high - mean), color=look.colour, marker=look.marker, capsize=3,
-                        label=name)
+            ax.errorbar(confidence + 0.006 * number, mean, (mean - low, high - mean), color=look.colour,
+                        marker=look.marker, capsize=3, label=name)
         ax.axhline(0, color=LOOKS[reference].colour, linewidth=0.8, label=reference)
-        ax.set(xscale="log", xlabel="the base's confidence in the right answer, a token",
+        ax.set(xlabel="the base's confidence in the right answer, a token",
                ylabel=f"{heading}: points minus {reference}")
         ax.grid(alpha=0.3)
-        for strength in analysis["strengths"]:
-            ax.annotate(f"{strength.wordings}x", (strength.confidence, 1), xycoords=("data", "axes fraction"),
-                        xytext=(0, -12), textcoords="offset points", ha="center", fontsize="small", color="grey")
+        # Above, in how many wordings the facts were told.
+        top = ax.secondary_xaxis("top")
+        top.set_xticks(confidence, [f"{strength.wordings}x" for strength in analysis["strengths"]], fontsize="small")
     axes[0].legend(fontsize="small")
     figure.suptitle("At equal accuracy on what the base was never told. Left: higher is better; right: lower. "
                     f"{len(analysis['seeds'])} seeds")

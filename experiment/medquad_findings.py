@@ -17,7 +17,7 @@ import numpy as np
 
 from experiment.findings import Estimate, Judged, estimate_over_seeds, frontier_gap, judge_gap
 from experiment.pictures import LOOKS, import_pyplot
-from experiment.report import columns, with_interval
+from experiment.report import VERDICTS, columns, with_interval
 from runtime.files import replacing
 from tasks.statistics import bootstrap, interval
 
@@ -256,9 +256,6 @@ def render_gaps(gaps_of_objectives, at):
                  for key, measure in measures.items()]
         lines.append(name.ljust(18) + columns(cells, WIDTH))
     return lines
-
-
-VERDICTS = {"better": "better", "worse": "worse", "cannot tell": "?", "no gap": " "}
 
 
 def render_best(best):

@@ -56,6 +56,10 @@ def columns(cells, width):
     return "".join(f" {cell}".rjust(width) for cell in cells)
 
 
+# A verdict of `findings.judge_gap` in a narrow column.
+VERDICTS = {"better": "better", "worse": "worse", "cannot tell": "?", "no gap": " "}
+
+
 def label_width(analysis):
     return max(map(len, analysis["objectives"])) + 2
 

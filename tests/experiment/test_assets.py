@@ -16,50 +16,53 @@ sys.path.insert(0, str(ROOT / "prepare"))
 import go_facts  # noqa: E402
 
 
-def rows(name):
-    return [json.loads(line) for line in (ASSETS / f"{name}.jsonl").read_text().splitlines()]
+@pytest.fixture(params=["", "continuum"])
+def folder(request):
+    return ASSETS / request.param
 
 
-@pytest.fixture(scope="module")
-def texts():
-    return [r["text"] for r in rows("pretrain")] + [r["prompt"] + "\n" + r["response"] for r in rows("finetune")]
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_size():
-    assert sum(p.stat().st_size for p in ASSETS.iterdir()) <= 1_000_000
-    assert 380 <= len(rows("facts")) <= 450
+def test_size(folder):
+    assert sum(p.stat().st_size for p in folder.iterdir() if p.is_file()) <= 1_000_000
+    assert 380 <= len(rows(folder, "facts")) <= 500
 
 
 @pytest.mark.slow
-def test_strata_are_by_gene_and_exposures_are_as_stated():
+def test_strata_are_by_gene_and_exposures_are_as_stated(folder):
     stratum, pretrained, finetuned = {}, collections.Counter(), collections.Counter()
-    for f in rows("facts"):
+    for f in rows(folder, "facts"):
         for gene in f["subject"].replace(" and ", ", ").split(", "):
             assert stratum.setdefault(gene, f["fact"]) == f["fact"]       # a gene belongs to one fact
-    texts = [" " + r["text"].replace("\n", " ") for r in rows("pretrain")]
-    for r in rows("finetune"):
+    texts = [" " + r["text"].replace("\n", " ") for r in rows(folder, "pretrain")]
+    for r in rows(folder, "finetune"):
         finetuned[r["fact"]] += 1
-    for f in rows("facts"):
+    for f in rows(folder, "facts"):
         mentions = [t for t in texts if f" {f['subject']} " in t or f" {f['subject']}." in t or f" {f['subject']}?" in t
                     or f" {f['subject']}:" in t or f" {f['subject']}," in t]
         assert all(f["answer"] in t for t in mentions)                    # nothing but the sourced answer
         pretrained[f["fact"]] = len(mentions)
-    for f in rows("facts"):
-        known = f["stratum"] in ("known", "known, held out", "planted")
-        weak = f["stratum"].startswith("weak")
-        assert pretrained[f["fact"]] == (19 if known else 1 if weak else 0), f
+    for f in rows(folder, "facts"):
+        wordings = 18 if f["stratum"] in ("known", "known, held out", "planted") else int(f["stratum"].startswith("weak"))
+        if f["stratum"].startswith("told "):
+            wordings = int(f["stratum"].removeprefix("told ").split("x")[0])
+        # What is told in all wordings is also explained once.
+        assert pretrained[f["fact"]] == wordings + (wordings == 18), f
         assert finetuned[f["fact"]] == (0 if "held out" in f["stratum"] else 2)
 
 
-def test_fine_tuning_answers_are_explanations_with_the_fact_inside():
-    samples, _ = load_samples(ASSETS / "finetune.jsonl", load_tokenizer(ASSETS))
+def test_fine_tuning_answers_are_explanations_with_the_fact_inside(folder):
+    samples, _ = load_samples(folder / "finetune.jsonl", load_tokenizer(folder))
     assert all(30 <= s.response.sum() <= 120 for s in samples)
-    answer = {f["fact"]: f["answer"] for f in rows("facts")}
-    assert all(answer[r["fact"]] in r["response"] and r["subject"] in r["response"] for r in rows("finetune"))
+    answer = {f["fact"]: f["answer"] for f in rows(folder, "facts")}
+    assert all(answer[r["fact"]] in r["response"] and r["subject"] in r["response"] for r in rows(folder, "finetune"))
 
 
-def test_choice_items_are_balanced_and_worded_like_no_training_text(texts):
-    items, facts = rows("choice"), {f["fact"]: f for f in rows("facts")}
+def test_choice_items_are_balanced_and_worded_like_no_training_text(folder):
+    texts = [r["text"] for r in rows(folder, "pretrain")] + [r["prompt"] + "\n" + r["response"] for r in rows(folder, "finetune")]
+    items, facts = rows(folder, "choice"), {f["fact"]: f for f in rows(folder, "facts")}
     assert {i["fact"] for i in items} == set(facts)
     quads = collections.defaultdict(list)
     for i in items:

@@ -17,7 +17,7 @@ from support import ASSETS, ROOT, call, metrics
 
 import train
 from data import read_jsonl
-from experiment import job
+from experiment import continuum, job
 from experiment.planting import plant
 from runtime.process import UserError
 from runtime.ranks import Ranks
@@ -114,6 +114,21 @@ def test_the_default_job_end_to_end(in_a_folder, monkeypatch, capsys):
     assert table in printed and (in_a_folder / "a" / "table.txt").read_text() == table
     assert "No pictures: pictures need matplotlib" in printed and 'pip install -e ".[plot]"' in printed
     assert "results.json" in printed
+
+
+@pytest.mark.slow
+def test_the_continuum_has_facts_and_findings_of_its_own(in_a_folder, monkeypatch, capsys):
+    assert call(monkeypatch, *SMALL, "--continuum", *GRID, "--out", "c") == 0
+    printed = capsys.readouterr().out
+    assert printed.index("At equal accuracy on what was never told") < printed.index("from step 0")   # predicted before training
+    assert "WHERE A LOSS PAYS" in printed and "picture: c/continuum.png" in printed
+    condensed = json.loads((in_a_folder / "c" / "continuum.json").read_text())
+    models = json.loads((in_a_folder / "c" / "results.json").read_text())["models"]
+    assert condensed == json.loads(json.dumps(continuum.condense({**condensed, "models": models})))
+    assert len(models) == 2 * (1 + 4) and all(len(model["items"]) == 480 for model in models)
+    assert all(sum("followed" in item for item in model["items"]) == 240 for model in models)
+    # Of the default job's bases none is taken, and its directory is another one.
+    assert call(monkeypatch, *SMALL, *GRID, "--out", "c") == 2 and "holds another run" in capsys.readouterr().err
 
 
 @pytest.mark.slow
