@@ -244,14 +244,15 @@ class Start:
         planted_logp, planted_tokens, _ = score(gpt, self.samples(planted), self.dtype, label=label).T
         true_logp, true_tokens, _ = score(gpt, self.samples(true), self.dtype, label=label).T
         followed = planted_logp / planted_tokens > true_logp / true_tokens
-        texts = write_texts(gpt, self.tokenizer, self.prompts(), self.stop, NEW_TOKENS, dtype=self.dtype, label=label)
-        rouge = [self.rouge.score(row["response"], text)["rougeL"].fmeasure for row, text in zip(self.val_rows, texts)]
+        written = write_texts(gpt, self.tokenizer, self.prompts(), self.stop, NEW_TOKENS, dtype=self.dtype, label=label)
+        rouge = [self.rouge.score(row["response"], answer.text)["rougeL"].fmeasure
+                 for row, answer in zip(self.val_rows, written)]
         return {
             "val_nll": rounded(-val_logp),
             "val_tokens": val_tokens.astype(int).tolist(),
             "val_confidence": rounded(val_confidence),
             "rouge": rounded(np.array(rouge)),
-            "words": [len(text.split()) for text in texts],
+            "tokens": [answer.tokens for answer in written],
             "followed": followed.astype(int).tolist(),
             "planted_nll": rounded(-planted_logp / planted_tokens),
             "true_nll": rounded(-true_logp / true_tokens),

@@ -4,7 +4,7 @@
 (objective "base", lr 0) once for each seed:
 
     val_nll, val_tokens, val_confidence      of each row about other diseases: summed NLL, tokens, C_b
-    rouge, words                             of each answer: ROUGE-L (F1) with the reference, and its length
+    rouge, tokens                            of each answer: ROUGE-L (F1) with the reference, and its length
     followed, planted_nll, true_nll          of each row with a wrong label: whether that is likelier per token than
                                              the right one, and both NLLs per token
     other_nll, other_tokens                  of each text of another kind

@@ -67,7 +67,7 @@ def made_up(change, seeds=(0, 1, 2), lrs=(1e-4, 1e-3, 1e-2), noise=0.0):
                           for key, value in base.items()}
                 tokens = rng.randint(5, 9, 20)
                 models.append({"objective": name, "seed": seed, "lr": lr, "val_nll": (values["nll"] * tokens).tolist(), "val_tokens": tokens.tolist(),
-                               "val_confidence": [values["confidence"]] * 20, "rouge": [values["rouge"]] * 10, "words": [5] * 10,
+                               "val_confidence": [values["confidence"]] * 20, "rouge": [values["rouge"]] * 10, "tokens": [5] * 10,
                                "followed": [1] * round(100 * values["followed"]) + [0] * (100 - round(100 * values["followed"])),
                                "planted_nll": [1.0] * 100, "true_nll": [1.0] * 100, "other_nll": [values["other"] * 4] * 20, "other_tokens": [4] * 20})
     return {"init": "somewhere", "objectives": list(change), "seeds": list(seeds), "lrs": list(lrs), "models": models}
