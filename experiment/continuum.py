@@ -7,15 +7,13 @@ are compared with sft at equal accuracy on what the base was never told ("told 0
 the default job: of each strength, how many more facts are right, and how many more wrong labels are followed.
 """
 
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from experiment.findings import Judged, estimate_over_seeds, frontier_gap, judge_gap, score_curves
 from experiment.pictures import LOOKS, import_pyplot
-from experiment.report import VERDICTS, columns, with_interval
+from experiment.report import VERDICTS, columns, read_kept, show, with_interval
 from runtime.files import replacing
 from runtime.process import Parser, UserError, run
 
@@ -200,25 +198,14 @@ def draw(analysis, path):
 
 def report(condensed, path):
     """Prints what is found, and draws it beside `path`, where the results are."""
-    analysis = analyse(condensed)
-    print(render(analysis))
-    try:
-        print(f"picture: {draw(analysis, Path(path).with_suffix('.png'))}")
-    except UserError as e:
-        print(f"No picture: {e}")
+    show(analyse(condensed), render, draw, path)
 
 
 def main():
     parser = Parser(description="Prints and draws again what a job with --continuum found.")
     parser.add_argument("results", help="its continuum.json")
     path = parser.parse_args().results
-    try:
-        condensed = json.loads(Path(path).read_bytes())
-        if condensed.keys() != KEYS:
-            raise ValueError(f"it has the keys {', '.join(condensed)}")
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: {e}; expected the continuum.json of an earlier job") from None
-    report(condensed, path)
+    report(read_kept(path, KEYS), path)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 import hf
 from data import load_samples, read_rows
 from experiment.medquad_findings import RESULTS, analyse, draw, render
+from experiment.report import read_kept, show
 from runtime.device import compute_dtype, find_device
 from runtime.files import write_whole
 from runtime.process import Parser, Stop, UserError, run
@@ -69,7 +70,7 @@ class Model(NamedTuple):
 def main():
     args = parse_arguments()
     if args.results:
-        report(read_results(args.results), args.results)
+        show(analyse(read_kept(args.results, RESULTS)), render, draw, args.results)
         return
     start = Start(args)
     out = Path(args.out)
@@ -94,7 +95,7 @@ def main():
     results = {"init": args.init, "objectives": OBJECTIVES, "seeds": args.seeds, "lrs": sorted(args.lrs),
                "models": collected}
     write_whole(out / "medquad.json", [json.dumps(results).encode()])
-    report(results, out / "medquad.json")
+    show(analyse(results), render, draw, out / "medquad.json")
 
 
 def parse_arguments():
@@ -114,25 +115,6 @@ def parse_arguments():
     if missing and not args.results:
         raise UserError(f"{', '.join(missing)} missing; expected a model and its files, or --results")
     return args
-
-
-def report(results, path):
-    analysis = analyse(results)
-    print(render(analysis))
-    try:
-        print(f"picture: {draw(analysis, Path(path).with_suffix('.png'))}")
-    except UserError as e:
-        print(f"No picture: {e}")
-
-
-def read_results(path):
-    try:
-        results = json.loads(Path(path).read_bytes())
-        if results.keys() != RESULTS:
-            raise ValueError(f"it has the keys {', '.join(results)}")
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"--results {path}: {e}; expected the medquad.json of an earlier run") from None
-    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """The default job in words: what is said before training, the one table, and all the findings of `findings.analyse`."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 from experiment.findings import FOLLOWED, HELD_OUT, LOST, NLLS, NOVEL, NOVEL_NLL, SHARES, predictions_of
+from runtime.process import UserError
 
 
 INTRODUCTION = """\
@@ -283,3 +286,27 @@ def render_predictions(analysis):
                  for name, outcome in outcomes.items()]
         lines += [f"- {prediction.text}", "  " + "; ".join(words)]
     return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other experiments, whose results are small enough to be kept
+
+def read_kept(path, keys):
+    """The results that an experiment left, an object with these keys. Raises UserError."""
+    try:
+        results = json.loads(Path(path).read_bytes())
+        if results.keys() != keys:
+            raise ValueError(f"it has the keys {', '.join(results)}")
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{path}: {e}; expected what an earlier run of this experiment left") from None
+    return results
+
+
+def show(analysis, render, draw, path):
+    """Prints an analysis, and draws it beside its results, which are at `path`."""
+    print(render(analysis))
+    try:
+        print(f"picture: {draw(analysis, Path(path).with_suffix('.png'))}")
+    except UserError as e:
+        # matplotlib is not one of the required packages.
+        print(f"No picture: {e}")

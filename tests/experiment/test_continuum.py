@@ -126,7 +126,7 @@ def test_it_is_printed_and_drawn_again(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "4 seeds" in result.stdout and "from 25% to 52%" in result.stdout and "PREDICTIONS" in result.stdout
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
-    for content, words in (("{}", "it has the keys"), ("[1]", "expected the continuum.json"), ("nonsense", "Expecting value")):
+    for content, words in (("{}", "it has the keys"), ("[1]", "expected what an earlier run"), ("nonsense", "Expecting value")):
         path.write_text(content)
         result = print_again(path)
         assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr

@@ -180,7 +180,7 @@ def test_a_signal_stops_the_training_with_a_checkpoint(tmp_path, command):
     assert list(checkpoints.glob("step-*/state.json"))
 
 
-@pytest.mark.parametrize("flags, words", [([], "--init, --train, --val, --other missing"), (["--results", "nowhere.json"], "expected the medquad.json")])
+@pytest.mark.parametrize("flags, words", [([], "--init, --train, --val, --other missing"), (["--results", "nowhere.json"], "expected what an earlier run")])
 def test_mistakes_are_one_sentence(flags, words):
     result = subprocess.run([sys.executable, "-m", "experiment.medquad", *flags], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
