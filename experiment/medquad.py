@@ -135,7 +135,8 @@ def choose_rows(rows, count, tokens_of, seed):
 
 def plant(rows, seed):
     """{number of a row: number of the row whose answer it gets}: of each type of question one row in PLANTED. They swap
-    their answers among themselves, so that every answer is trained once; none gets one about its own disease."""
+    their answers among themselves, so that every answer is trained once; none gets one about its own disease. Raises
+    UserError where there are none."""
     rng = np.random.RandomState([seed, 1])
     of_types = {}
     for number, row in enumerate(rows):
@@ -148,6 +149,8 @@ def plant(rows, seed):
             if all(rows[a].get("focus") != rows[b].get("focus") for a, b in zip(some, shifted)):
                 mates.update(zip(some, shifted))
                 break
+    if not mates:
+        raise UserError(f"{len(rows)} rows have no wrong labels to swap; expected more of each type of question")
     return mates
 
 
