@@ -3,19 +3,22 @@
     python -m experiment.continuum docs/continuum.json       # the table and the picture of an earlier job, in seconds
 
 The base is told facts in 0 to 18 wordings; at each strength half of them are fine-tuned with wrong labels. Objectives
-are compared with sft at equal accuracy on what the base was never told ("told 0x"), all along their frontiers, as in
-the default job: of each strength, how many more facts are right, and how many more wrong labels are followed.
+are compared with sft in two ways. At equal accuracy on what the base was never told ("told 0x"), all along their
+frontiers, as in the default job: how many more facts are right, and how many more wrong labels are followed. These
+facts are too few for a frontier of each seed: it is that of the means over the seeds. And each at the learning rate
+that is best for it at this strength: how many more facts are right, those with right and with wrong labels together.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from experiment.findings import Judged, estimate_over_seeds, frontier_gap, judge_gap, score_curves
+from experiment.findings import Estimate, Judged, estimate_over_seeds, frontier_gap, judge_estimate, score_curves
 from experiment.pictures import LOOKS, import_pyplot
 from experiment.report import VERDICTS, columns, read_kept, show, with_interval
 from runtime.files import replacing
 from runtime.process import Parser, UserError, run
+from tasks.statistics import jackknife
 
 
 STRENGTHS = (0, 1, 2, 4, 8, 18)      # wordings
@@ -83,37 +86,75 @@ class Strength(NamedTuple):
     wordings: int
     confidence: float                # the base's in the right answer, a token
     right: float                     # what share of them the base has right
-    gaps: dict                       # {(objective, "right" or "followed"): Judged}: minus the reference
+    gaps: dict                       # {(objective, one of KINDS): Judged}: minus the reference
+
+
+# At equal accuracy on what was never told: more of the truly told facts right, more wrong labels followed. And each at
+# its own best rate: more of all right.
+KINDS = ("right", "followed", "best")
 
 
 def analyse(condensed):
     """{"objectives", "seeds", "levels": (from, to) accuracy on what was never told, "strengths": [Strength],
-    "predictions": [(Prediction, {(objective, wordings): Judged})]}."""
+    "predictions": [(Prediction, {(objective, wordings): Judged})]}. Raises UserError for fewer than two seeds."""
     names = sorted(condensed["objectives"], key=lambda name: name != REFERENCE)
     if names[0] != REFERENCE or len(names) < 2:
         raise UserError(f"objectives {' '.join(names)}; expected sft, with which others are compared, and another one")
+    if len(condensed["seeds"]) < 2:
+        raise UserError("one seed has no intervals over seeds; expected --seeds 0 1 2, or more of them")
     curves = {name: {stratum: {measure: np.array(values) for measure, values in measures.items()}
                      for stratum, measures in condensed["curves"][name].items()} for name in names}
-    learnt = {name: curves[name][NEVER_TOLD]["acc"] for name in names}   # (seeds, 1 + learning rates) each
     comparisons = (len(names) - 1) * len(STRENGTHS)
     strengths = []
     for wordings in STRENGTHS:
-        true, planted = f"told {wordings}x", f"told {wordings}x, planted"
-        base = {measure: np.mean([curves[REFERENCE][stratum][measure][:, 0] for stratum in (true, planted)])
+        strata = f"told {wordings}x", f"told {wordings}x, planted"
+        base = {measure: np.mean([curves[REFERENCE][stratum][measure][:, 0] for stratum in strata])
                 for measure in ("confidence", "acc")}
         gaps = {}
         for name in names[1:]:
-            for kind, stratum, measure, sign in (("right", true, "acc", -1), ("followed", planted, "followed", 1)):
-                mine, theirs = (sign * curves[key][stratum][measure] for key in (name, REFERENCE))
-                of_seeds = [frontier_gap(*of_seed) for of_seed in zip(learnt[name], mine, learnt[REFERENCE], theirs)]
-                judged = judge_gap(of_seeds, comparisons)
-                gaps[name, kind] = Judged(estimate_over_seeds(sign * np.array(of_seeds), comparisons), judged.verdict)
+            mine, theirs = curves[name], curves[REFERENCE]
+            gaps[name, "right"] = gap_along(mine, theirs, (strata[0], "acc"), -1, comparisons)
+            gaps[name, "followed"] = gap_along(mine, theirs, (strata[1], "followed"), 1, comparisons)
+            gaps[name, "best"] = gap_at_best(mine, theirs, strata, comparisons)
         strengths.append(Strength(wordings, base["confidence"], base["acc"], gaps))
-    reached = min(curve.max(1).mean() for curve in learnt.values())
-    start = learnt[REFERENCE][:, 0].mean()
-    return {"objectives": names, "seeds": condensed["seeds"], "levels": (start, start + 0.9 * (reached - start)),
-            "strengths": strengths,
+    learnt = [curves[name][NEVER_TOLD]["acc"].mean(0) for name in names]   # (1 + learning rates,) each
+    start = learnt[0][0]
+    end = start + 0.9 * (min(path.max() for path in learnt) - start)
+    return {"objectives": names, "seeds": condensed["seeds"], "levels": (start, end), "strengths": strengths,
             "predictions": [(p, judge(p, names[1:], strengths)) for p in PREDICTIONS]}
+
+
+def gap_along(mine, theirs, key, sign, comparisons):
+    """Judged: more of what `key` names, (stratum, measure), at equal accuracy on what was never told, along frontiers
+    of means over seeds. sign: -1 where more is better."""
+    stratum, measure = key
+    seeds = len(mine[NEVER_TOLD]["acc"])
+
+    def gap(some):
+        paths = []
+        for curves in (mine, theirs):
+            paths += [curves[NEVER_TOLD]["acc"][some].mean(0), sign * curves[stratum][measure][some].mean(0)]
+        return frontier_gap(*paths)
+
+    estimate = Estimate(*jackknife(gap, seeds, comparisons))
+    verdict = judge_estimate(estimate, seeds).verdict
+    return Judged(estimate if sign == 1 else negative(estimate), verdict)
+
+
+def negative(estimate):
+    return Estimate(-estimate.mean, -estimate.high, -estimate.low)
+
+
+def gap_at_best(mine, theirs, strata, comparisons):
+    """Judged: more facts right, of those with right and with wrong labels together, each at its own best rate. That is
+    chosen for each seed by the mean over the others, so that nobody profits from luck."""
+    at_best = []
+    for curves in (mine, theirs):
+        right = np.mean([curves[stratum]["acc"][:, 1:] for stratum in strata], axis=0)   # (seeds, learning rates)
+        others = (right.sum(0) - right) / (len(right) - 1)
+        at_best.append(right[np.arange(len(right)), others.argmax(1)])    # (seeds,)
+    estimate = estimate_over_seeds(at_best[0] - at_best[1], comparisons)
+    return Judged(estimate, judge_estimate(negative(estimate), len(at_best[0])).verdict)
 
 
 def judge(prediction, names, strengths):
@@ -136,24 +177,28 @@ def judge(prediction, names, strengths):
 # Words
 
 TITLE = """\
-WHERE A LOSS PAYS, BY WHAT THE BASE BELIEVES: {seeds} seeds
-Points more or fewer than {reference} at equal accuracy on what was never told, from {start:.0%} to {end:.0%}.
-Brackets: intervals over seeds (Student's t); all of a column hold at once, with 95% (Bonferroni).
-confidence: the base's in the right answer, a token."""
-HEADINGS = {"right": "right, told truly", "followed": "wrong labels followed"}
+WHERE A LOSS PAYS, BY WHAT THE BASE BELIEVES: {seeds} seeds, points more or fewer than {reference}
+At equal accuracy on what was never told, from {start:.0%} to {end:.0%}, along frontiers of means over the seeds: facts
+that are told truly and are right, wrong labels that are followed. At each one's own best rate: facts that are right,
+half of them with wrong labels. Brackets: intervals over seeds by Student's t (the first two by the jackknife), which
+hold all at once in a column of all losses, with 95% (Bonferroni). confidence: the base's in the right answer, a
+token."""
+HEADINGS = {"right": "right, told truly", "followed": "wrong labels followed", "best": "right, at the best rate"}
 
 
 def render(analysis):
     reference, *others = analysis["objectives"]
     start, end = analysis["levels"]
-    columns_shown = [(name, kind) for kind in HEADINGS for name in others]
-    lines = [TITLE.format(seeds=len(analysis["seeds"]), reference=reference, start=start, end=end), ""]
-    lines.append(" " * 27 + columns([HEADINGS[kind] for _, kind in columns_shown], 26))
-    lines.append("wordings  confidence  right" + columns([name for name, _ in columns_shown], 26))
-    for strength in analysis["strengths"]:
-        cells = [f"{with_interval(strength.gaps[key].estimate, 100, 1, '+')} {VERDICTS[strength.gaps[key].verdict]:6s}"
-                 for key in columns_shown]
-        lines.append(f"{strength.wordings:8d}{strength.confidence:12.3f}{strength.right:7.0%}" + columns(cells, 26))
+    lines = [TITLE.format(seeds=len(analysis["seeds"]), reference=reference, start=start, end=end)]
+    for name in others:
+        lines += ["", f"{name} minus {reference}"]
+        lines.append("wordings  confidence  right" + columns(HEADINGS.values(), 28))
+        for strength in analysis["strengths"]:
+            cells = []
+            for kind in KINDS:
+                estimate, verdict = strength.gaps[name, kind]
+                cells.append(f"{with_interval(estimate, 100, 1, '+')} {VERDICTS[verdict]:6s}")
+            lines.append(f"{strength.wordings:8d}{strength.confidence:12.3f}{strength.right:7.0%}" + columns(cells, 28))
     lines += ["", "PREDICTIONS and what became of them, in points (open: the interval allows both)"]
     for prediction, outcomes in analysis["predictions"]:
         words = [f"{name} at {wordings} {outcome.verdict} ({with_interval(outcome.estimate, 100, 1, '+')})"
@@ -170,7 +215,7 @@ def draw(analysis, path):
     UserError."""
     plt = import_pyplot()
     reference, *others = analysis["objectives"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     confidence = np.array([strength.confidence for strength in analysis["strengths"]])
     for ax, (kind, heading) in zip(axes, HEADINGS.items()):
         for number, name in enumerate(others):
@@ -184,12 +229,13 @@ def draw(analysis, path):
         ax.set(xlabel="the base's confidence in the right answer, a token",
                ylabel=f"{heading}: points minus {reference}")
         ax.grid(alpha=0.3)
-        # Above, in how many wordings the facts were told.
         top = ax.secondary_xaxis("top")
         top.set_xticks(confidence, [f"{strength.wordings}x" for strength in analysis["strengths"]], fontsize="small")
     axes[0].legend(fontsize="small")
-    figure.suptitle("At equal accuracy on what the base was never told. Left: higher is better; right: lower. "
-                    f"{len(analysis['seeds'])} seeds")
+    axes[0].set_title("At equal accuracy on what was never told:\nhigher is better", fontsize="medium")
+    axes[1].set_title("At equal accuracy on what was never told:\nlower is better", fontsize="medium")
+    axes[2].set_title("Each at its own best rate, half of the labels wrong:\nhigher is better", fontsize="medium")
+    figure.suptitle(f"Means over {len(analysis['seeds'])} seeds; above, in how many wordings a fact was told")
     with replacing(path) as f:
         figure.savefig(f, format="png", dpi=150)
     plt.close(figure)

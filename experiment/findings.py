@@ -220,10 +220,13 @@ def frontier_gap(x, y, other_x, other_y):
 def judge_gap(gaps, comparisons=1):
     """From those of each seed: "no gap", "cannot tell", "better" or "worse". Two seeds are too few for a verdict.
     comparisons: see `seed_interval`."""
-    estimate = estimate_over_seeds(gaps, comparisons)
+    return judge_estimate(estimate_over_seeds(gaps, comparisons), len(gaps))
+
+
+def judge_estimate(estimate, seeds):
     if math.isnan(estimate.mean):
         verdict = "no gap"
-    elif len(gaps) < 3 or estimate.low <= 0 <= estimate.high:
+    elif seeds < 3 or estimate.low <= 0 <= estimate.high:
         verdict = "cannot tell"
     elif estimate.high < 0:
         verdict = "better"

@@ -202,6 +202,18 @@ def t_quantile(freedom, tail=0.025):
     return math.sqrt(freedom) * math.tan(angle)
 
 
+def jackknife(statistic, seeds, comparisons=1):
+    """(value, low, high) of statistic(numbers of seeds), a number of some seeds together, for one that no seed has by
+    itself: of all, and its 95% interval by Student's t over what leaving out each one does. comparisons: see
+    `seed_interval`."""
+    everything = np.arange(seeds)
+    value = statistic(everything)
+    without = np.array([statistic(np.delete(everything, seed)) for seed in everything])
+    error = math.sqrt((seeds - 1) / seeds * np.sum((without - without.mean()) ** 2))
+    half = t_quantile(seeds - 1, 0.025 / comparisons) * error
+    return value, value - half, value + half
+
+
 def seed_interval(values, other=None, comparisons=1):
     """(mean, low, high) of values (S,), one of each seed: the mean and its 95% t interval over trainings, which has no
     bounds for one seed. With others, (S',): of the difference of the means, by Welch's t. comparisons: of how many such

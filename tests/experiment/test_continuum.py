@@ -47,28 +47,48 @@ def test_gaps_are_those_that_were_put_in():
     for place, strength in enumerate(analysis["strengths"]):
         assert strength.wordings == continuum.STRENGTHS[place]
         assert strength.confidence == pytest.approx(0.01 * 2 ** place, abs=0.002)
-        right, followed = strength.gaps["bft", "right"], strength.gaps["bft", "followed"]
+        right, followed, best = (strength.gaps["bft", kind] for kind in continuum.KINDS)
         if place > 0:
             assert right.estimate.mean == pytest.approx(0.02 * place * share, abs=0.004)
             assert right.estimate.low < right.estimate.mean < right.estimate.high
-            assert right.verdict == followed.verdict == "better"
+            assert right.verdict == followed.verdict == best.verdict == "better"
+            # Both are best at the last rate; there bft has so much more of both kinds of facts.
+            assert best.estimate.mean == pytest.approx(0.02 * place, abs=0.003)
         assert followed.estimate.mean == pytest.approx(-0.03 * place * share, abs=0.004)
 
 
 def test_worse_is_said_too_and_all_intervals_hold_at_once():
     analysis = continuum.analyse(made_up(more_right=-0.02, fewer_followed=-0.03, noise=0.001))
     last = analysis["strengths"][-1]
-    assert last.gaps["bft", "right"].verdict == last.gaps["bft", "followed"].verdict == "worse"
+    assert {last.gaps["bft", kind].verdict for kind in continuum.KINDS} == {"worse"}
     assert last.gaps["bft", "right"].estimate.high < 0 < last.gaps["bft", "followed"].estimate.low
-    # Six strengths of one objective: Bonferroni's intervals are wider than one by itself.
-    curves = made_up()
-    estimate = continuum.analyse(curves)["strengths"][3].gaps["bft", "followed"].estimate
-    gaps = [continuum.frontier_gap(*(np.array(curves["curves"][name][stratum][measure][seed]) for name, stratum, measure in (
-        ("bft", "told 0x", "acc"), ("bft", "told 4x, planted", "followed"), ("sft", "told 0x", "acc"),
-        ("sft", "told 4x, planted", "followed")))) for seed in range(4)]
-    assert estimate.mean == pytest.approx(np.mean(gaps))
-    # Student's t with 3 degrees of freedom: 3.18 at 2.5%, 6.23 at 2.5% / 6.
-    assert estimate.high - estimate.mean == pytest.approx(6.23 * np.std(gaps, ddof=1) / 2, rel=0.01)
+    # Along frontiers of means over the seeds: the jackknife, by a loop.
+    condensed = made_up()
+    estimate = continuum.analyse(condensed)["strengths"][3].gaps["bft", "followed"].estimate
+
+    def gap(seeds):
+        return continuum.frontier_gap(*(np.mean([condensed["curves"][name][stratum][measure][seed] for seed in seeds], axis=0)
+                                        for name, stratum, measure in (("bft", "told 0x", "acc"), ("bft", "told 4x, planted", "followed"),
+                                                                       ("sft", "told 0x", "acc"), ("sft", "told 4x, planted", "followed"))))
+    without = [gap([seed for seed in range(4) if seed != left_out]) for left_out in range(4)]
+    assert estimate.mean == pytest.approx(gap(range(4)))
+    # Six strengths of one objective at once: Student's t with 3 degrees of freedom is 3.18 at 2.5%, 6.23 at 2.5% / 6.
+    assert estimate.high - estimate.mean == pytest.approx(6.23 * 3 ** 0.5 * np.std(without), rel=0.01)
+
+
+def test_the_best_rate_is_chosen_by_the_other_seeds():
+    """A rate that is best by luck, in one seed alone, is not that seed's."""
+    condensed = made_up(noise=0)
+    for stratum in ("told 4x", "told 4x, planted"):
+        condensed["curves"]["sft"][stratum]["acc"] = [[0.5, 0.4, 0.6, 0.5]] * 4
+        condensed["curves"]["bft"][stratum]["acc"] = [[0.5, 0.4, 0.6, 0.5]] * 3 + [[0.5, 0.9, 0.6, 0.5]]
+    strength = continuum.analyse(condensed)["strengths"][3]
+    assert strength.gaps["bft", "best"].estimate.mean == 0
+
+
+def test_one_seed_says_nothing():
+    with pytest.raises(UserError, match="one seed has no intervals"):
+        continuum.analyse(made_up(seeds=1))
 
 
 @pytest.mark.parametrize("fewer, verdicts", [(0.05, {8: "held", 18: "held"}), (-0.05, {8: "failed", 18: "failed"})])

@@ -125,6 +125,14 @@ def rows_of(measures, results):
     return {(row["group"], row["measure"]): row for row in statistics.summarise(measures, results)}
 
 
+def test_the_jackknife_of_a_mean_is_students_interval():
+    values = np.random.RandomState(0).normal(0, 1, 9)
+    for comparisons in (1, 5):
+        expected = statistics.seed_interval(values, comparisons=comparisons)
+        assert statistics.jackknife(lambda some: values[some].mean(), 9, comparisons) == pytest.approx(expected)
+    assert math.isnan(statistics.jackknife(lambda some: math.nan, 9)[0])
+
+
 def test_summary_by_group_with_paired_differences():
     def items(shift):
         answers = (("x", 1, 0.5), ("x", 0, 1.5), ("y", 1, 3.0))
