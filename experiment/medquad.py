@@ -83,8 +83,8 @@ def main():
         if scores.is_file():
             continue
         began = time.perf_counter()
-        directory = start.directory if model.objective == "base" else train(model, start, args)
-        found = start.ask(model, directory)
+        adapter = None if model.objective == "base" else train(model, start, args)
+        found = start.ask(model, adapter)
         scores.parent.mkdir(parents=True, exist_ok=True)
         write_whole(scores, [json.dumps({**model._asdict(), **found}).encode()])
         if model.objective != "base":
@@ -158,7 +158,7 @@ def plant(rows, seed):
 # Training and scoring
 
 def train(model, start, args):
-    """The directory of a model that train.py makes, and has made before where the command was stopped."""
+    """The directory of the adapters that train.py makes, and has made before where the command was stopped."""
     out = Path(args.out) / model.name()
     data = Path(args.out) / f"seed-{model.seed}" / "train.jsonl"
     data.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def train(model, start, args):
                 process.wait()
     if process.returncode:
         raise SystemExit(process.returncode)
-    return out / "model"
+    return out / "adapter"
 
 
 class Start:
@@ -218,10 +218,10 @@ class Start:
         return trained, [trained[number] for number in mates], true
 
     @torch.no_grad()
-    def ask(self, model, directory):
-        """What a model's entry of the results holds: {key: a number of each row}. NLLs are sums over a row's tokens."""
-        gc.collect()
-        gpt = hf.load_weights(directory).cast(self.dtype).to(self.device)
+    def ask(self, model, adapter):
+        """What a model's entry of the results holds: {key: a number of each row}. NLLs are sums over a row's tokens.
+        adapter: a directory, None for the start itself. (Merged into bfloat16 files a part of it would be lost.)"""
+        gpt = self.load(adapter)
         _, planted, true = self.rows_of(model.seed)
         label = model.name()
         val_logp, val_tokens, val_confidence = score(gpt, self.validation, self.dtype, label=label).T   # (S,) each
@@ -244,6 +244,15 @@ class Start:
             "other_nll": rounded(-other_logp),
             "other_tokens": other_tokens.astype(int).tolist(),
         }
+
+    def load(self, adapter):
+        gc.collect()
+        gpt = hf.load_weights(self.directory).cast(self.dtype)
+        if adapter:
+            opened = hf.open_adapter(adapter, self.config)
+            gpt.add_lora(opened.rank, opened.alpha)
+            hf.fill_adapter(gpt, opened.directory)
+        return gpt.to(self.device)
 
     def prompts(self):
         """Of the first rows of validation, ids."""
