@@ -198,15 +198,18 @@ def test_eight_ranks_print_what_one_does(tmp_path):
 
 def test_what_the_default_job_goes_over():
     def grid(*argv):
-        return train.parse_settings(list(map(str, argv)))[1]
+        seeds, learning_rates, _ = train.parse_settings(list(map(str, argv)))[1]
+        return seeds, learning_rates
 
+    assert not train.parse_settings([])[1].is_continuum and train.parse_settings(["--continuum"])[1].is_continuum
     assert grid() == ([0], list(job.FIRST_LOOK)) and len(job.FIRST_LOOK) >= 3
     assert grid("--seeds", 0, 1) == ([0, 1], list(job.LEARNING_RATES)) and len(job.LEARNING_RATES) >= 4
     assert grid("--seed", 4, "--lr", 1e-3) == ([4], [1e-3]) and grid("--lrs", 1) == ([0], [1])
     assert grid("--seeds", 3, 1, 3, "--lrs", 0.5, 0.1) == ([1, 3], [0.1, 0.5])
     assert train.parse_settings([])[0].group_size == 16                   # it has defaults of its own
     for argv, words in ((["--data", "x", "--seeds", "0"], "default job's"), (["--init", "x", "--seeds", "1"], "default job's"),
-                        (["--init", "x", "--lrs", "1"], "default job's"), (["--quick"], "--quick"),
+                        (["--init", "x", "--lrs", "1"], "default job's"), (["--data", "x", "--continuum"], "default job's"),
+                        (["--quick"], "--quick"),
                         (["--seed", "1", "--seeds", "2"], "both"), (["--lr", "1", "--lrs", "2"], "both"),
                         (["--lrs", "1", "nan", "2"], "--lrs"), (["--seeds", "-1"], "--seeds"), (["--lrs", "0"], "--lrs"),
                         (["--lrs", "nan"], "--lrs"), (["--lrs", "inf"], "--lrs")):
