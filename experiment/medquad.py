@@ -109,6 +109,8 @@ def parse_arguments():
     parser.add_argument("--lrs", type=float, nargs="+", default=LEARNING_RATES,
                         help=f"(default: {' '.join(f'{lr:g}' for lr in LEARNING_RATES)})")
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
+    parser.add_argument("--processes", type=int, default=1, help="that train a model, and share it (torchrun, --shard "
+                        "all); one scores it (default: 1)")
     parser.add_argument("--results", help="print what an earlier run found, and draw it; no other flag counts")
     args = parser.parse_args()
     missing = [f"--{name}" for name in ("init", "train", "val", "other") if not getattr(args, name)]
@@ -167,8 +169,14 @@ def train(model, start, args):
         write_whole(data, [content])
     flags = ["--init", args.init, "--data", data, "--objective", model.objective, "--lr", model.lr,
              "--seed", model.seed, *FLAGS, "--device", args.device, "--out", out]
-    command = [sys.executable, str(CHECKOUT / "train.py"), *map(str, flags)]
-    print(f"$ python train.py {' '.join(command[2:])}", flush=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+    if args.processes == 1:
+        launcher = []
+    else:
+        flags += ["--shard", "all"]
+    flags = [str(word) for word in flags]
+    print(f"$ python {' '.join([*launcher, 'train.py', *flags])}", flush=True)
+    command = [sys.executable, *launcher, str(CHECKOUT / "train.py"), *flags]
     # What `run` forbids the processes that we start: modules beside the script.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     # In a session of its own: Ctrl-C would reach it twice, and it would quit at once.

@@ -153,7 +153,7 @@ def command(tmp_path):
 def test_the_command_goes_on_and_prints_again(tmp_path, command):
     result = subprocess.run(command(), capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("$ python train.py") == 4 and "PREDICTIONS" in result.stdout
+    assert result.stdout.count("$ python ") == 4 and "PREDICTIONS" in result.stdout
     results = json.loads((tmp_path / "out" / "medquad.json").read_text())
     assert results.keys() == medquad_findings.RESULTS and len(results["models"]) == 6
     base = next(model for model in results["models"] if (model["objective"], model["seed"]) == ("base", 0))
@@ -170,6 +170,18 @@ def test_the_command_goes_on_and_prints_again(tmp_path, command):
     printed = subprocess.run([*command()[:2], "--results", tmp_path / "out" / "medquad.json"], capture_output=True, text=True, timeout=100)
     assert printed.returncode == 0 and printed.stdout.split("What each loss does")[1] == tables
     assert (tmp_path / "out" / "medquad.png").is_file()
+
+
+@pytest.mark.slow
+def test_several_processes_train_the_same(tmp_path, command):
+    argv = [*command(), "--seeds", "0", "--lrs", "1e-3"]
+    scores = {}
+    for processes in ("1", "2"):
+        result = subprocess.run([*argv, "--processes", processes, "--out", tmp_path / processes], capture_output=True, text=True, timeout=500)
+        assert result.returncode == 0, result.stderr
+        scores[processes] = json.loads((tmp_path / processes / "scores" / "seed-0" / "lr-0.001" / "bft.json").read_text())
+    assert "--nproc_per_node=2" in result.stdout and "--shard all" in result.stdout
+    assert scores["1"]["val_nll"] == pytest.approx(scores["2"]["val_nll"], rel=1e-3)
 
 
 @pytest.mark.slow
