@@ -31,7 +31,7 @@ from data import load_samples, read_rows
 from experiment.medquad_findings import RESULTS, analyse, draw, render
 from experiment.report import read_kept, show
 from runtime.device import compute_dtype, find_device
-from runtime.files import write_whole
+from runtime.files import file_sha256, write_whole
 from runtime.process import Parser, Stop, UserError, run
 from tasks.process import load_rouge
 from tasks.scoring import score
@@ -74,6 +74,7 @@ def main():
         return
     start = Start(args)
     out = Path(args.out)
+    check_out(out, args)
     models = [Model(objective, seed, lr) for seed in args.seeds for lr in sorted(args.lrs) for objective in OBJECTIVES]
     models += [Model("base", seed, 0) for seed in args.seeds]
     left = len(models)
@@ -117,6 +118,16 @@ def parse_arguments():
     if missing and not args.results:
         raise UserError(f"{', '.join(missing)} missing; expected a model and its files, or --results")
     return args
+
+
+def check_out(out, args):
+    """Raises UserError where --out has scores of another model, or of other files."""
+    files = {name: file_sha256(getattr(args, name)) for name in ("train", "val", "other")}
+    record, path = {"init": args.init, "sha256": files}, out / "experiment.json"
+    if path.is_file() and json.loads(path.read_bytes()) != record:
+        raise UserError(f"--out {out} holds the experiment with another --init or other files; expected another path")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, [json.dumps(record, indent=1).encode()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

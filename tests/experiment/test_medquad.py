@@ -167,6 +167,9 @@ def test_the_command_goes_on_and_prints_again(tmp_path, command):
     again = subprocess.run(command(), capture_output=True, text=True, timeout=500)
     tables = result.stdout.split("What each loss does")[1]
     assert "$ python" not in again.stdout and again.stdout.split("What each loss does")[1] == tables
+    (tmp_path / "other.jsonl").write_text('{"summary": "Another one."}\n' * 9)
+    changed = subprocess.run(command(), capture_output=True, text=True, timeout=500)
+    assert changed.returncode == 2 and "holds the experiment with another --init or other files" in changed.stderr
     printed = subprocess.run([*command()[:2], "--results", tmp_path / "out" / "medquad.json"], capture_output=True, text=True, timeout=100)
     assert printed.returncode == 0 and printed.stdout.split("What each loss does")[1] == tables
     assert (tmp_path / "out" / "medquad.png").is_file()
