@@ -8,7 +8,8 @@ and kept in --out:
     seed-S/lr-R/OBJECTIVE/          the runs
     demo-*.png                      pictures
 
-Bases are kept in runs/base-*, for the next time.
+With --continuum the facts are those of assets/continuum/, and continuum.py says what is found: continuum.json and .png
+stand in the place of table.txt and of the pictures. Bases are kept in runs/base-*, for the next time.
 """
 
 import hashlib
