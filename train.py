@@ -732,10 +732,10 @@ class StepLog:
             self.look_for_zeros(line)
             lines.append(line | speed)
         self.append(lines)
-        eta = seconds / len(lines) * (self.total - line["step"])
+        eta = round(seconds / len(lines) * (self.total - line["step"]))
         self.ranks.progress(f"{self.objective} step {line['step']}/{self.total}  loss {loss:.4f}  nll {line['nll']:.4f}"
                             f"  |g| {line['grad_norm']:.3g}  lr {line['lr']:.2e}  {speed['tokens_per_s']:,.0f} tok/s  "
-                            f"eta {eta // 60:.0f}:{eta % 60:02.0f}")
+                            f"eta {eta // 60}:{eta % 60:02}")
         self.waiting = []
 
     def add_validation(self, step, nll):

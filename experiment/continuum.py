@@ -9,6 +9,7 @@ facts are too few for a frontier of each seed: it is that of the means over the 
 that is best for it at this strength: how many more facts are right, those with right and with wrong labels together.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -28,20 +29,36 @@ KEYS = {"objectives", "seeds", "lrs", "curves"}
 
 
 class Prediction(NamedTuple):
+    """That the difference from sft lies between two bounds."""
     text: str
-    strengths: tuple
-    kind: str                        # "right" or "followed"
-    within: float = 0                # a difference from sft of at most so much; 0: less
+    strengths: tuple                 # wordings, for each of which it is said
+    kind: str                        # one of `Strength.gaps`
+    above: float = -math.inf
+    below: float = math.inf
+    seen: tuple = ()                 # seeds that had been seen when it was made: they do not judge it
 
 
+FIRST_TEN = tuple(range(10))
 PREDICTIONS = (
     Prediction("At equal accuracy on what was never told, bft and bft-v3 follow fewer wrong labels about facts that "
-               "were told in 8 and 18 wordings.", (8, 18), "followed"),
+               "were told in 8 and 18 wordings.", (8, 18), "followed", below=0),
     Prediction("About facts that were never told, or in one wording, they follow as many (within 5 points): the model "
-               "expects a wrong label there no less than a right one.", (0, 1), "followed", within=0.05),
+               "expects a wrong label there no less than a right one.", (0, 1), "followed", above=-0.05, below=0.05),
     Prediction("Of facts that were told in 1 and 2 wordings, and are told again, they have as many right (within 5 "
-               "points).", (1, 2), "right", within=0.05),
+               "points).", (1, 2), "right", above=-0.05, below=0.05),
+    Prediction("At each one's own best rate, they have more right than sft of facts that were told in 2 and 4 "
+               "wordings.", (2, 4), "best", above=0, seen=FIRST_TEN),
+    Prediction("At each one's own best rate, they have fewer right of facts that were never told.", (0,), "best",
+               below=0, seen=FIRST_TEN),
+    Prediction("What they have more right at each one's own best rate is more where facts were told in 2 wordings than "
+               "where they were never told.", (2,), "best, since never told", above=0, seen=FIRST_TEN),
 )
+
+
+def predictions_for(seeds):
+    """Those that had not seen any of them."""
+    return [prediction for prediction in PREDICTIONS if not set(prediction.seen) & set(seeds)]
+
 
 INTRODUCTION = """\
 Where on the continuum of belief does a loss pay?
@@ -56,7 +73,8 @@ Predictions:
 def introduce(objectives, seeds, learning_rates):
     """What is said before anything is trained."""
     trainings = len(objectives) * len(seeds) * len(learning_rates)
-    return INTRODUCTION.format(trainings=trainings) + "\n".join(f"- {prediction.text}" for prediction in PREDICTIONS)
+    predictions = [f"- {prediction.text}" for prediction in predictions_for(seeds)]
+    return INTRODUCTION.format(trainings=trainings) + "\n".join(predictions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,11 +104,12 @@ class Strength(NamedTuple):
     wordings: int
     confidence: float                # the base's in the right answer, a token
     right: float                     # what share of them the base has right
-    gaps: dict                       # {(objective, one of KINDS): Judged}: minus the reference
+    gaps: dict                       # {(objective, kind): Judged}: minus the reference
 
 
 # At equal accuracy on what was never told: more of the truly told facts right, more wrong labels followed. And each at
-# its own best rate: more of all right.
+# its own best rate: more of all right. (A fourth kind, "best, since never told", is in no table: how much more that is
+# than at strength 0.)
 KINDS = ("right", "followed", "best")
 
 
@@ -107,7 +126,7 @@ def analyse(condensed):
     comparisons = (len(names) - 1) * len(STRENGTHS)
     strengths = []
     for wordings in STRENGTHS:
-        strata = f"told {wordings}x", f"told {wordings}x, planted"
+        strata = strata_of(wordings)
         base = {measure: np.mean([curves[REFERENCE][stratum][measure][:, 0] for stratum in strata])
                 for measure in ("confidence", "acc")}
         gaps = {}
@@ -115,13 +134,20 @@ def analyse(condensed):
             mine, theirs = curves[name], curves[REFERENCE]
             gaps[name, "right"] = gap_along(mine, theirs, (strata[0], "acc"), -1, comparisons)
             gaps[name, "followed"] = gap_along(mine, theirs, (strata[1], "followed"), 1, comparisons)
-            gaps[name, "best"] = gap_at_best(mine, theirs, strata, comparisons)
+            best = gap_at_best(mine, theirs, wordings)
+            gaps[name, "best"] = judge_more(best, comparisons)
+            gaps[name, "best, since never told"] = judge_more(best - gap_at_best(mine, theirs, 0), comparisons)
         strengths.append(Strength(wordings, base["confidence"], base["acc"], gaps))
     learnt = [curves[name][NEVER_TOLD]["acc"].mean(0) for name in names]   # (1 + learning rates,) each
     start = learnt[0][0]
     end = start + 0.9 * (min(path.max() for path in learnt) - start)
     return {"objectives": names, "seeds": condensed["seeds"], "levels": (start, end), "strengths": strengths,
-            "predictions": [(p, judge(p, names[1:], strengths)) for p in PREDICTIONS]}
+            "predictions": [(p, judge(p, names[1:], strengths)) for p in predictions_for(condensed["seeds"])]}
+
+
+def strata_of(wordings):
+    """(facts with right labels, those with wrong ones)"""
+    return f"told {wordings}x", f"told {wordings}x, planted"
 
 
 def gap_along(mine, theirs, key, sign, comparisons):
@@ -145,16 +171,21 @@ def negative(estimate):
     return Estimate(-estimate.mean, -estimate.high, -estimate.low)
 
 
-def gap_at_best(mine, theirs, strata, comparisons):
-    """Judged: more facts right, of those with right and with wrong labels together, each at its own best rate. That is
-    chosen for each seed by the mean over the others, so that nobody profits from luck."""
+def gap_at_best(mine, theirs, wordings):
+    """(seeds,): more facts right, of those with right and with wrong labels together, each at its own best rate. That
+    is chosen for each seed by the mean over the others, so that nobody profits from luck."""
     at_best = []
     for curves in (mine, theirs):
-        right = np.mean([curves[stratum]["acc"][:, 1:] for stratum in strata], axis=0)   # (seeds, learning rates)
+        right = np.mean([curves[stratum]["acc"][:, 1:] for stratum in strata_of(wordings)], axis=0)   # (seeds, rates)
         others = (right.sum(0) - right) / (len(right) - 1)
         at_best.append(right[np.arange(len(right)), others.argmax(1)])    # (seeds,)
-    estimate = estimate_over_seeds(at_best[0] - at_best[1], comparisons)
-    return Judged(estimate, judge_estimate(negative(estimate), len(at_best[0])).verdict)
+    return at_best[0] - at_best[1]
+
+
+def judge_more(gaps, comparisons):
+    """Judged of (seeds,) differences, where more is better."""
+    estimate = estimate_over_seeds(gaps, comparisons)
+    return Judged(estimate, judge_estimate(negative(estimate), len(gaps)).verdict)
 
 
 def judge(prediction, names, strengths):
@@ -165,11 +196,12 @@ def judge(prediction, names, strengths):
             continue
         for name in names:
             estimate = strength.gaps[name, prediction.kind].estimate
-            _, low, high = estimate
-            limit = prediction.within
-            held = -limit < low and high < limit if limit else high < 0
-            failed = low > limit or (limit and high < -limit)
-            judged[name, strength.wordings] = Judged(estimate, "held" if held else "failed" if failed else "open")
+            verdict = "open"
+            if prediction.above < estimate.low and estimate.high < prediction.below:
+                verdict = "held"
+            elif estimate.high < prediction.above or estimate.low > prediction.below:
+                verdict = "failed"
+            judged[name, strength.wordings] = Judged(estimate, verdict)
     return judged
 
 

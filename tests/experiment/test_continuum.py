@@ -16,7 +16,7 @@ from runtime.process import UserError
 STRATA = [f"told {wordings}x{planted}" for wordings in continuum.STRENGTHS for planted in ("", ", planted")]
 
 
-def made_up(seeds=4, more_right=0.0, fewer_followed=0.0, noise=0.003):
+def made_up(seeds=4, more_right=0.0, fewer_followed=0.0, noise=0.003, first_seed=0):
     """Curves in which bft has more right, and follows fewer, than sft at equal accuracy on what was never told, from
     the first rate on: by so much times the place of the strength."""
     rng = np.random.RandomState(0)
@@ -35,7 +35,7 @@ def made_up(seeds=4, more_right=0.0, fewer_followed=0.0, noise=0.003):
                 measures["followed"] = never_told - 0.2 - started * fewer_followed * place
             curves[name][stratum] = {key: (values + noise * rng.randn(seeds, 4) * (stratum != continuum.NEVER_TOLD)).tolist()
                                      for key, values in measures.items()}
-    return {"objectives": ["bft", "sft"], "seeds": list(range(seeds)), "lrs": [1e-4, 1e-3, 1e-2], "curves": curves}
+    return {"objectives": ["bft", "sft"], "seeds": list(range(first_seed, first_seed + seeds)), "lrs": [1e-4, 1e-3, 1e-2], "curves": curves}
 
 
 def test_gaps_are_those_that_were_put_in():
@@ -102,6 +102,20 @@ def test_predictions_are_judged_by_intervals(fewer, verdicts):
             assert all(outcome.verdict == "held" for outcome in outcomes.values())
     wide = continuum.analyse(made_up(fewer_followed=0.0, noise=0.1))
     assert "open" in {outcome.verdict for _, outcomes in wide["predictions"] for outcome in outcomes.values()}
+
+
+@pytest.mark.parametrize("more, verdicts", [(0.03, {2: "held", 4: "held"}), (-0.03, {2: "failed", 4: "failed"}), (0, {2: "open", 4: "open"})])
+def test_what_was_seen_in_ten_seeds_is_judged_by_others(more, verdicts):
+    assert len(continuum.analyse(made_up())["predictions"]) == 3
+    analysis = continuum.analyse(made_up(more_right=more, noise=0.001, first_seed=10))
+    best, of_never_told, since = analysis["predictions"][3:]
+    assert {wordings: outcome.verdict for (_, wordings), outcome in best[1].items()} == verdicts
+    # Of what was never told both have as many right, at every rate, but for noise.
+    assert of_never_told[1]["bft", 0].verdict == "open"
+    assert since[1]["bft", 2].estimate.mean == pytest.approx(2 * more, abs=0.003) and since[1]["bft", 2].verdict == verdicts[2]
+    # What is said before anything is trained.
+    assert "own best rate" in continuum.introduce(("sft", "bft"), range(10, 12), (0.1,))
+    assert "own best rate" not in continuum.introduce(("sft", "bft"), range(9, 12), (0.1,))
 
 
 def test_what_is_kept_of_the_items():
