@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiment.findings import Estimate, Judged, estimate_over_seeds, frontier_gap, judge_estimate, score_curves
+from experiment.findings import Estimate, estimate_over_seeds, frontier_gap, judge_between, judge_gap, score_curves
 from experiment.pictures import LOOKS, import_pyplot
 from experiment.report import VERDICTS, columns, read_kept, show, with_interval
 from runtime.files import replacing
@@ -123,7 +123,7 @@ def analyse(condensed):
         raise UserError("one seed has no intervals over seeds; expected --seeds 0 1 2, or more of them")
     curves = {name: {stratum: {measure: np.array(values) for measure, values in measures.items()}
                      for stratum, measures in condensed["curves"][name].items()} for name in names}
-    comparisons = (len(names) - 1) * len(STRENGTHS)
+    seeds, comparisons = len(condensed["seeds"]), (len(names) - 1) * len(STRENGTHS)
     strengths = []
     for wordings in STRENGTHS:
         strata = strata_of(wordings)
@@ -132,11 +132,15 @@ def analyse(condensed):
         gaps = {}
         for name in names[1:]:
             mine, theirs = curves[name], curves[REFERENCE]
-            gaps[name, "right"] = gap_along(mine, theirs, (strata[0], "acc"), -1, comparisons)
-            gaps[name, "followed"] = gap_along(mine, theirs, (strata[1], "followed"), 1, comparisons)
+            right = gap_along(mine, theirs, (strata[0], "acc"), comparisons)
+            followed = gap_along(mine, theirs, (strata[1], "followed"), comparisons)
+            gaps[name, "right"] = judge_gap(right, seeds, less_is_better=False)
+            gaps[name, "followed"] = judge_gap(followed, seeds)
             best = gap_at_best(mine, theirs, wordings)
-            gaps[name, "best"] = judge_more(best, comparisons)
-            gaps[name, "best, since never told"] = judge_more(best - gap_at_best(mine, theirs, 0), comparisons)
+            since_never_told = best - gap_at_best(mine, theirs, 0)
+            for kind, values in (("best", best), ("best, since never told", since_never_told)):
+                estimate = estimate_over_seeds(values, comparisons)
+                gaps[name, kind] = judge_gap(estimate, seeds, less_is_better=False)
         strengths.append(Strength(wordings, base["confidence"], base["acc"], gaps))
     learnt = [curves[name][NEVER_TOLD]["acc"].mean(0) for name in names]   # (1 + learning rates,) each
     start = learnt[0][0]
@@ -150,25 +154,19 @@ def strata_of(wordings):
     return f"told {wordings}x", f"told {wordings}x, planted"
 
 
-def gap_along(mine, theirs, key, sign, comparisons):
-    """Judged: more of what `key` names, (stratum, measure), at equal accuracy on what was never told, along frontiers
-    of means over seeds. sign: -1 where more is better."""
+def gap_along(mine, theirs, key, comparisons):
+    """Estimate: more of what `key` names, (stratum, measure), at equal accuracy on what was never told, along frontiers
+    of means over seeds."""
     stratum, measure = key
     seeds = len(mine[NEVER_TOLD]["acc"])
 
     def gap(some):
         paths = []
         for curves in (mine, theirs):
-            paths += [curves[NEVER_TOLD]["acc"][some].mean(0), sign * curves[stratum][measure][some].mean(0)]
+            paths += [curves[NEVER_TOLD]["acc"][some].mean(0), curves[stratum][measure][some].mean(0)]
         return frontier_gap(*paths)
 
-    estimate = Estimate(*jackknife(gap, seeds, comparisons))
-    verdict = judge_estimate(estimate, seeds).verdict
-    return Judged(estimate if sign == 1 else negative(estimate), verdict)
-
-
-def negative(estimate):
-    return Estimate(-estimate.mean, -estimate.high, -estimate.low)
+    return Estimate(*jackknife(gap, seeds, comparisons))
 
 
 def gap_at_best(mine, theirs, wordings):
@@ -182,26 +180,15 @@ def gap_at_best(mine, theirs, wordings):
     return at_best[0] - at_best[1]
 
 
-def judge_more(gaps, comparisons):
-    """Judged of (seeds,) differences, where more is better."""
-    estimate = estimate_over_seeds(gaps, comparisons)
-    return Judged(estimate, judge_estimate(negative(estimate), len(gaps)).verdict)
-
-
 def judge(prediction, names, strengths):
-    """{(objective, wordings): Judged}: "held", "failed" or "open" (the interval allows both)."""
+    """{(objective, wordings): Judged}"""
     judged = {}
     for strength in strengths:
         if strength.wordings not in prediction.strengths:
             continue
         for name in names:
             estimate = strength.gaps[name, prediction.kind].estimate
-            verdict = "open"
-            if prediction.above < estimate.low and estimate.high < prediction.below:
-                verdict = "held"
-            elif estimate.high < prediction.above or estimate.low > prediction.below:
-                verdict = "failed"
-            judged[name, strength.wordings] = Judged(estimate, verdict)
+            judged[name, strength.wordings] = judge_between(estimate, prediction.above, prediction.below)
     return judged
 
 

@@ -42,11 +42,14 @@ class Estimate(NamedTuple):
 
 
 class Prediction(NamedTuple):
+    """That a difference from sft lies between two bounds."""
+
     text: str
     objectives: tuple
-    key: tuple              # of which they have less than sft ...
+    key: tuple              # of what ...
     where: str              # ... in the mean over the "rates", or at equal novel accuracy along the "frontier"
-    near: bool = False      # predicted is not less, but a difference within 5 points
+    above: float = -math.inf
+    below: float = 0
 
 
 WEIGHTED = ("bft-token", "bft", "bft-v3")
@@ -63,7 +66,7 @@ PREDICTIONS = (
     Prediction("At equal novel accuracy they still follow fewer wrong labels, since the base expects those even less.",
                WEIGHTED, FOLLOWED, "frontier"),
     Prediction("sft-sample stays within 5 points of sft's frontier, since answers are of much the same length.",
-               ("sft-sample",), FOLLOWED, "frontier", near=True),
+               ("sft-sample",), FOLLOWED, "frontier", above=-0.05, below=0.05),
     Prediction("Over the learning rates the relatives that weigh by p, or leave out what is improbable, learn fewer "
                "novel facts than sft.", VANISHING, NOVEL, "rates"),
     Prediction("At equal novel accuracy these, too, follow fewer wrong labels.", VANISHING, FOLLOWED, "frontier"),
@@ -71,7 +74,7 @@ PREDICTIONS = (
     Prediction("eaft, which pushes where the base hesitates, follows fewer wrong labels at equal novel accuracy: the "
                "base is sure there.", ("eaft",), FOLLOWED, "frontier"),
     Prediction("iw-sft stays within 5 points of sft's frontier, since all answers are learnt at much the same pace.",
-               ("iw-sft",), FOLLOWED, "frontier", near=True),
+               ("iw-sft",), FOLLOWED, "frontier", above=-0.05, below=0.05),
 )
 
 
@@ -170,7 +173,7 @@ def along(path, position):
 
 class Judged(NamedTuple):
     estimate: Estimate      # more (or less, if negative) than the reference
-    verdict: str            # as `judge_gap` or `judge_prediction` has it
+    verdict: str            # as `judge_gap` or `judge_between` has it
 
 
 class Comparison(NamedTuple):
@@ -198,7 +201,7 @@ def compare_frontiers(curves, names, key):
         for y_key in (FOLLOWED, LOST):
             curves_of_seeds = zip(x, curves[name][y_key], other_x, reference[y_key])
             gaps_of_seeds = [frontier_gap(*of_seed) for of_seed in curves_of_seeds]
-            gaps.append(judge_gap(gaps_of_seeds, len(names) - 1))
+            gaps.append(judge_gap(estimate_over_seeds(gaps_of_seeds, len(names) - 1), len(gaps_of_seeds)))
         # As far as `frontier_gap` goes, in the mean.
         end = start + 0.9 * sign * (tops - x[:, 0]).mean()
         comparisons[name] = Comparison(start, end, *gaps)
@@ -217,18 +220,14 @@ def frontier_gap(x, y, other_x, other_y):
     return float(np.mean(gaps))
 
 
-def judge_gap(gaps, comparisons=1):
-    """From those of each seed: "no gap", "cannot tell", "better" or "worse". Two seeds are too few for a verdict.
-    comparisons: see `seed_interval`."""
-    return judge_estimate(estimate_over_seeds(gaps, comparisons), len(gaps))
-
-
-def judge_estimate(estimate, seeds):
+def judge_gap(estimate, seeds, less_is_better=True):
+    """Of a difference from the reference: "no gap", "cannot tell", "better" or "worse". Two seeds are too few for a
+    verdict."""
     if math.isnan(estimate.mean):
         verdict = "no gap"
     elif seeds < 3 or estimate.low <= 0 <= estimate.high:
         verdict = "cannot tell"
-    elif estimate.high < 0:
+    elif (estimate.high < 0) == less_is_better:
         verdict = "better"
     else:
         verdict = "worse"
@@ -328,22 +327,25 @@ def predictions_of(objectives):
 
 
 def judge_prediction(prediction, name, curves, analysis):
-    """"held", "failed", "open" (the interval allows both) or "no gap"."""
     if prediction.where == "frontier":
         comparison = analysis["frontiers"][NOVEL]["comparisons"][name]
         estimate = (comparison.followed if prediction.key == FOLLOWED else comparison.lost).estimate
     else:
         more = curves[name][prediction.key] - curves["sft"][prediction.key]   # (seeds, 1 + rates)
         estimate = estimate_over_seeds(more[:, 1:].mean(1))
+    return judge_between(estimate, prediction.above, prediction.below)
+
+
+def judge_between(estimate, above, below):
+    """Of the prediction of a difference between two bounds: "held", "failed", "open" (the interval allows both) or "no
+    gap"."""
     mean, low, high = estimate
-    if prediction.near:
-        held = -0.05 < low and high < 0.05
-        failed = low > 0.05 or high < -0.05
-    else:
-        held = high < 0
-        failed = low > 0
     if math.isnan(mean):
-        return Judged(estimate, "no gap")
-    if held:
-        return Judged(estimate, "held")
-    return Judged(estimate, "failed" if failed else "open")
+        verdict = "no gap"
+    elif above < low and high < below:
+        verdict = "held"
+    elif high < above or low > below:
+        verdict = "failed"
+    else:
+        verdict = "open"
+    return Judged(estimate, verdict)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiment.findings import Estimate, Judged, estimate_over_seeds, frontier_gap, judge_gap
+from experiment.findings import Estimate, estimate_over_seeds, frontier_gap, judge_between, judge_gap
 from experiment.pictures import LOOKS, import_pyplot
 from experiment.report import VERDICTS, columns, with_interval
 from runtime.files import replacing
@@ -46,24 +46,26 @@ MEASURES = {
 
 
 class Prediction(NamedTuple):
+    """That a difference from sft lies between two bounds."""
     text: str
     objectives: tuple
-    measure: str                     # of which they have less than sft ...
+    measure: str                     # of what ...
     where: str                       # ... in the mean over the "rates", or at equal "nll"
-    more: bool = False               # predicted is more, not less
-    within: float = 0                # or a difference of at most so much
+    above: float = -math.inf
+    below: float = math.inf
 
 
 WEIGHTED = ("dft", "bft", "bft-v3")
 PREDICTIONS = (
     Prediction("In the mean over the learning rates the weighted losses have a higher NLL on other diseases than sft, "
-               "since they give up on what the model finds unlikely.", WEIGHTED, "nll", "rates", more=True),
-    Prediction("They follow fewer wrong labels.", WEIGHTED, "followed", "rates"),
-    Prediction("They lose less on texts of another kind.", WEIGHTED, "other", "rates"),
-    Prediction("Their minimum group confidence on other diseases is lower.", WEIGHTED, "confidence", "rates"),
-    Prediction("Their answers' ROUGE-L is within 2 points of sft's.", WEIGHTED, "rouge", "rates", within=0.02),
+               "since they give up on what the model finds unlikely.", WEIGHTED, "nll", "rates", above=0),
+    Prediction("They follow fewer wrong labels.", WEIGHTED, "followed", "rates", below=0),
+    Prediction("They lose less on texts of another kind.", WEIGHTED, "other", "rates", below=0),
+    Prediction("Their minimum group confidence on other diseases is lower.", WEIGHTED, "confidence", "rates", below=0),
+    Prediction("Their answers' ROUGE-L is within 2 points of sft's.", WEIGHTED, "rouge", "rates", above=-0.02,
+               below=0.02),
     Prediction("At equal NLL they do not follow fewer wrong labels than sft: a lower rate of sft would do as well "
-               "(within 5 points).", WEIGHTED, "followed", "nll", within=0.05),
+               "(within 5 points).", WEIGHTED, "followed", "nll", above=-0.05, below=0.05),
 )
 
 
@@ -128,11 +130,10 @@ def gaps_at_equal(at, name, curves):
     for key, measure in MEASURES.items():
         if key == at:
             continue
-        up = 1 if measure.less_is_better else -1
-        of_seeds = [frontier_gap(*of_seed) for of_seed in zip(x, up * curves[name][key], other_x,
-                                                              up * curves[REFERENCE][key])]
-        estimate, verdict = judge_gap(of_seeds, len(curves) - 1)
-        gaps[key] = Judged(estimate if up == 1 else Estimate(-estimate.mean, -estimate.high, -estimate.low), verdict)
+        curves_of_seeds = zip(x, curves[name][key], other_x, curves[REFERENCE][key])
+        gaps_of_seeds = [frontier_gap(*of_seed) for of_seed in curves_of_seeds]
+        estimate = estimate_over_seeds(gaps_of_seeds, len(curves) - 1)
+        gaps[key] = judge_gap(estimate, len(gaps_of_seeds), measure.less_is_better)
     return gaps
 
 
@@ -179,21 +180,12 @@ def interval_over_rows(measure, pairs):
 
 
 def judge(prediction, name, analysis):
-    """"held", "failed", "open" (the interval allows both) or "no gap"."""
     if prediction.where == "rates":
         curve, reference = (analysis["curves"][key][prediction.measure] for key in (name, REFERENCE))
         estimate = estimate_over_seeds((curve - reference)[:, 1:].mean(1))
     else:
         estimate = analysis["frontiers"][prediction.where][name][prediction.measure].estimate
-    mean, low, high = estimate
-    if math.isnan(mean):
-        return Judged(estimate, "no gap")
-    if prediction.within:
-        held = -prediction.within < low and high < prediction.within
-        failed = low > prediction.within or high < -prediction.within
-    else:
-        held, failed = (low > 0, high < 0) if prediction.more else (high < 0, low > 0)
-    return Judged(estimate, "held" if held else "failed" if failed else "open")
+    return judge_between(estimate, prediction.above, prediction.below)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
