@@ -10,7 +10,6 @@ An item is a question about one fact: its "group" (the stratum), "acc" (1: the r
 right answer); of planted facts also "followed" (1: the wrong label is picked) and "planted_nll" (of the wrong label).
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -152,20 +151,20 @@ def score_curves(results, name, seed):
     return {key: np.array(columns, dtype=float).T.copy() for key, columns in scores.items()}
 
 
-def crossing(path, level):
-    """Where the broken line through path (P,) first rises to level: i + f, between points i and i + 1; nan: nowhere.
-    (The first time: a path that is noisy and flat gets there by luck sooner than it should.)"""
-    for i, (a, b) in enumerate(itertools.pairwise(path)):
-        if a < level <= b:
-            return i + (level - a) / (b - a)
-    return math.nan
+def crossing(path, levels):
+    """Where the broken line through path (P,) first rises to each of the levels: i + f, between points i and i + 1;
+    nan: nowhere. (The first time: a path that is noisy and flat gets there by luck sooner than it should.)"""
+    path, levels = np.asarray(path), np.asarray(levels)
+    rises = (path[:-1] < levels[..., None]) & (levels[..., None] <= path[1:])   # (levels, P - 1)
+    i = rises.argmax(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        position = i + (levels - path[i]) / (path[i + 1] - path[i])
+    return np.where(rises.any(-1), position, math.nan)
 
 
-def along(path, position):
-    """The height of the broken line through path (P,) at a position as `crossing` gives it."""
-    if math.isnan(position):
-        return math.nan
-    return float(np.interp(position, np.arange(len(path)), path))
+def along(path, positions):
+    """The heights of the broken line through path (P,) at positions as `crossing` gives them."""
+    return np.interp(positions, np.arange(len(path)), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,8 +215,7 @@ def frontier_gap(x, y, other_x, other_y):
     if not top > x[0]:
         return math.nan
     levels = x[0] + 0.9 * (top - x[0]) * (np.arange(50) + 0.5) / 50
-    gaps = [along(y, crossing(x, level)) - along(other_y, crossing(other_x, level)) for level in levels]
-    return float(np.mean(gaps))
+    return np.mean(along(y, crossing(x, levels)) - along(other_y, crossing(other_x, levels)))
 
 
 def judge_gap(estimate, seeds, less_is_better=True):

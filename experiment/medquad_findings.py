@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiment.findings import Estimate, estimate_over_seeds, frontier_gap, judge_between, judge_gap
+from experiment.findings import Estimate, Judged, estimate_over_seeds, frontier_gap, judge_between, judge_gap
 from experiment.pictures import LOOKS, import_pyplot
 from experiment.report import VERDICTS, columns, with_interval
 from runtime.files import replacing
-from tasks.statistics import bootstrap, interval
+from tasks.statistics import interval
 
 
 RESULTS = {"init", "objectives", "seeds", "lrs", "models"}
@@ -78,20 +78,21 @@ def analyse(results):
     objectives, seeds, rates     sft first; 0 (for the base) and the learning rates
     counts                       {"val", "answers", "planted", "other": rows; "planted" those of the first seed}
     curves                       {objective: {measure: (seeds, 1 + learning rates)}}
-    frontiers                    {"nll", "rouge": {objective: {other measure: Judged}}} beside sft at equal ones
+    frontiers                    {"nll", "rouge": {objective: {other measure: Gap}}} beside sft at equal ones
     best                         {"nll", "rouge": {objective: Best}}: each at its own best rate
     predictions                  [(Prediction, {objective: Judged})]
     """
     names = sorted(results["objectives"], key=lambda name: name != REFERENCE)
     models = {(m["objective"], m["seed"], m["lr"]): m for m in results["models"]}
-    curves = {name: curves_of(models, name, results) for name in names}
+    curves = {name: curves_of(value_of, models, name, results) for name in names}
+    resampled = {name: curves_of(resample, models, name, results) for name in names}
     first = models["base", results["seeds"][0], 0]
     counts = {"val": len(first["val_nll"]), "answers": len(first["rouge"]), "planted": len(first["followed"]),
               "other": len(first["other_nll"])}
     analysis = {"objectives": names, "seeds": results["seeds"], "rates": [0, *results["lrs"]], "counts": counts,
                 "curves": curves}
-    analysis["frontiers"] = {at: {name: gaps_at_equal(at, name, curves) for name in names[1:]} for at in BY}
-    analysis["best"] = {by: {name: best_of(by, name, models, curves, results) for name in names} for by in BY}
+    analysis["frontiers"] = {at: {name: gaps_at_equal(at, name, curves, resampled) for name in names[1:]} for at in BY}
+    analysis["best"] = {by: {name: best_of(by, name, curves, resampled, results["lrs"]) for name in names} for by in BY}
     analysis["predictions"] = [(p, {name: judge(p, name, analysis) for name in p.objectives if name in names})
                                for p in PREDICTIONS]
     return analysis
@@ -100,19 +101,28 @@ def analyse(results):
 BY = ("nll", "rouge")
 
 
-def curves_of(models, name, results):
-    """{measure: (seeds, 1 + learning rates)}, the base first."""
-    table = []
-    for seed in results["seeds"]:
-        path = [models["base", seed, 0], *(models[name, seed, lr] for lr in results["lrs"])]
-        table.append([[value_of(measure, model) for model in path] for measure in MEASURES.values()])
-    table = np.array(table)                                               # (seeds, measures, 1 + learning rates)
-    return {key: table[:, i] for i, key in enumerate(MEASURES)}
+def curves_of(number_of, models, name, results):
+    """{measure: (seeds, 1 + learning rates, ...)} of what number_of(measure, model) returns, the base first."""
+    paths = [[models["base", seed, 0], *(models[name, seed, lr] for lr in results["lrs"])] for seed in results["seeds"]]
+    return {key: np.array([[number_of(measure, model) for model in path] for path in paths])
+            for key, measure in MEASURES.items()}
 
 
 def value_of(measure, model):
     values, weights = rows_of(measure, model)
     return values.sum() / weights.sum()
+
+
+DRAWS = 1000
+
+
+def resample(measure, model):
+    """The value over rows that are drawn with replacement, the same ones of all models: (DRAWS,). Those with wrong
+    labels are other ones with each seed, and drawn by themselves."""
+    values, weights = rows_of(measure, model)
+    rng = np.random.RandomState(model["seed"] if measure.key == "followed" else 0)
+    drawn = rng.randint(len(values), size=(DRAWS, len(values)))
+    return values[drawn].sum(1) / weights[drawn].sum(1)
 
 
 def rows_of(measure, model):
@@ -121,20 +131,35 @@ def rows_of(measure, model):
     return values, np.array(model[measure.per], dtype=float) if measure.per else np.ones_like(values)
 
 
-def gaps_at_equal(at, name, curves):
-    """{other measure: Judged}: more (or less) than sft at equal NLL or ROUGE-L, all along what both reach from the
-    base."""
-    sign = -1 if MEASURES[at].less_is_better else 1
-    x, other_x = sign * curves[name][at], sign * curves[REFERENCE][at]
+class Gap(NamedTuple):
+    """A difference from sft."""
+    over_seeds: Judged
+    over_rows: tuple                 # (low, high), 95%
+
+
+def gaps_at_equal(at, name, curves, resampled):
+    """{other measure: Gap}: more (or less) than sft at equal NLL or ROUGE-L, all along what both reach from the base.
+    """
     gaps = {}
     for key, measure in MEASURES.items():
         if key == at:
             continue
-        curves_of_seeds = zip(x, curves[name][key], other_x, curves[REFERENCE][key])
-        gaps_of_seeds = [frontier_gap(*of_seed) for of_seed in curves_of_seeds]
-        estimate = estimate_over_seeds(gaps_of_seeds, len(curves) - 1)
-        gaps[key] = judge_gap(estimate, len(gaps_of_seeds), measure.less_is_better)
+        of_seeds = gaps_of_seeds(at, key, curves[name], curves[REFERENCE])
+        estimate = estimate_over_seeds(of_seeds, len(curves) - 1)
+        over_rows = math.nan, math.nan
+        if not math.isnan(estimate.mean):
+            of_draws = []
+            for draw in range(DRAWS):
+                mine, theirs = ({k: resampled[who][k][:, :, draw] for k in (at, key)} for who in (name, REFERENCE))
+                of_draws.append(np.mean(gaps_of_seeds(at, key, mine, theirs)))
+            over_rows = interval(of_draws)
+        gaps[key] = Gap(judge_gap(estimate, len(of_seeds), measure.less_is_better), over_rows)
     return gaps
+
+
+def gaps_of_seeds(at, key, mine, theirs):
+    sign = -1 if MEASURES[at].less_is_better else 1
+    return [frontier_gap(*of_seed) for of_seed in zip(sign * mine[at], mine[key], sign * theirs[at], theirs[key])]
 
 
 class Best(NamedTuple):
@@ -146,20 +171,18 @@ class Best(NamedTuple):
     over_rows: dict                  # {measure: (low, high)} of the difference, 95%
 
 
-def best_of(by, name, models, curves, results):
+def best_of(by, name, curves, resampled, lrs):
     place, other_place = (best_place(by, curves[key]) for key in (name, REFERENCE))
-    lrs = [0, *results["lrs"]]
     scores, over_seeds, over_rows = {}, {}, {}
-    for key, measure in MEASURES.items():
+    for key in MEASURES:
         values = curves[name][key][:, place]                              # (seeds,)
         scores[key] = estimate_over_seeds(values)
         if name == REFERENCE:
             continue
         over_seeds[key] = estimate_over_seeds(values - curves[REFERENCE][key][:, other_place], len(curves) - 1)
-        pairs = [(models[name, seed, lrs[place]], models[REFERENCE, seed, lrs[other_place]])
-                 for seed in results["seeds"]]
-        over_rows[key] = interval_over_rows(measure, pairs)
-    return Best(lrs[place], 1 < place < len(lrs) - 1, scores, over_seeds, over_rows)
+        differences = resampled[name][key][:, place] - resampled[REFERENCE][key][:, other_place]   # (seeds, DRAWS)
+        over_rows[key] = interval(differences.mean(0))
+    return Best(lrs[place - 1], 1 < place < len(lrs), scores, over_seeds, over_rows)
 
 
 def best_place(by, curve):
@@ -168,23 +191,12 @@ def best_place(by, curve):
     return 1 + int(mean.argmin() if MEASURES[by].less_is_better else mean.argmax())
 
 
-def interval_over_rows(measure, pairs):
-    """(low, high) of the 95% interval of the mean difference of pairs of models, one of each seed. Rows are drawn:
-    those that all seeds have together, those with wrong labels, which differ, each seed's by themselves."""
-    differences = []
-    for number, (mine, theirs) in enumerate(pairs):
-        seed = number if measure.key == "followed" else 0
-        resampled = [bootstrap(*rows_of(measure, model), seed=seed) for model in (mine, theirs)]
-        differences.append(resampled[0] - resampled[1])
-    return interval(np.mean(differences, axis=0))
-
-
 def judge(prediction, name, analysis):
     if prediction.where == "rates":
         curve, reference = (analysis["curves"][key][prediction.measure] for key in (name, REFERENCE))
         estimate = estimate_over_seeds((curve - reference)[:, 1:].mean(1))
     else:
-        estimate = analysis["frontiers"][prediction.where][name][prediction.measure].estimate
+        estimate = analysis["frontiers"][prediction.where][name][prediction.measure].over_seeds.estimate
     return judge_between(estimate, prediction.above, prediction.below)
 
 
@@ -242,11 +254,16 @@ def render_curves(analysis):
 
 def render_gaps(gaps_of_objectives, at):
     measures = {key: measure for key, measure in MEASURES.items() if key != at}
-    lines = [headings(measures.values())]
+    # A verdict stands after each difference.
+    lines = [" " * 18 + columns([f"{measure.heading} {'':6s}" for measure in measures.values()], WIDTH + 6)]
     for name, gaps in gaps_of_objectives.items():
-        cells = [f"{cell(gaps[key].estimate, measure, '+')} {VERDICTS[gaps[key].verdict]}"
-                 for key, measure in measures.items()]
-        lines.append(name.ljust(18) + columns(cells, WIDTH))
+        over_seeds, over_rows = [], []
+        for key, measure in measures.items():
+            estimate, verdict = gaps[key].over_seeds
+            over_seeds.append(f"{cell(estimate, measure, '+')} {VERDICTS[verdict]:6s}")
+            over_rows.append(f"{cell(Estimate(estimate.mean, *gaps[key].over_rows), measure, '+')} {'':6s}")
+        lines.append(name.ljust(18) + columns(over_seeds, WIDTH + 6))
+        lines.append("  over rows".ljust(18) + columns(over_rows, WIDTH + 6))
     return lines
 
 

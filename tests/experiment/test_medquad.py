@@ -87,12 +87,14 @@ def test_gaps_at_equal_nll_and_at_each_ones_best_rate():
     # By hand: at an NLL of 2 - x, x from 0 to 0.27, sft follows x / 2 up to 0.2 and x - 0.1 beyond; bft nothing up to 0.2, then x - 0.2.
     x = 0.27 * (np.arange(50) + 0.5) / 50
     theirs, mine = np.where(x < 0.2, x / 2, x - 0.1), np.where(x < 0.2, 0, x - 0.2)
-    gap = analysis["frontiers"]["nll"]["bft"]["followed"]
+    gap, over_rows = analysis["frontiers"]["nll"]["bft"]["followed"]
     assert gap.estimate.mean == pytest.approx((mine - theirs).mean(), abs=1e-6) and gap.verdict == "better"
     # Of ROUGE more is better: bft rises from 0.03 at x = 0.1.
-    gap = analysis["frontiers"]["nll"]["bft"]["rouge"]
+    assert over_rows[0] < gap.estimate.mean < over_rows[1] < 0             # 300 rows of wrong labels
+    gap, over_rows = analysis["frontiers"]["nll"]["bft"]["rouge"]
     theirs, mine = np.interp(x, [0, 0.2, 0.4], [0, 0.02, 0.05]), np.interp(x, [0, 0.1, 0.2, 0.3], [0, 0.03, 0.04, 0.07])
     assert gap.estimate.mean == pytest.approx((mine - theirs).mean(), abs=1e-6) and gap.verdict == "better"
+    assert over_rows == pytest.approx((gap.estimate.mean, gap.estimate.mean))   # as much on every row
     best = analysis["best"]["nll"]
     assert (best["sft"].lr, best["sft"].is_inside, best["bft"].lr, best["bft"].is_inside) == (1e-3, True, 1e-2, False)
     assert best["bft"].over_seeds["nll"].mean == pytest.approx(0.1) and best["bft"].over_seeds["followed"].mean == pytest.approx(-0.2)
@@ -106,9 +108,37 @@ def test_gaps_at_equal_nll_and_at_each_ones_best_rate():
 
 def test_what_never_beats_the_start_has_no_gap():
     analysis = medquad_findings.analyse(made_up({"sft": SFT, "bft": {"nll": (0.1, 0.2, 0.3), "rouge": (0.01, 0.02, 0.03)}}))
-    assert analysis["frontiers"]["nll"]["bft"]["followed"].verdict == "no gap"
-    assert analysis["frontiers"]["rouge"]["bft"]["followed"].verdict != "no gap"
+    assert analysis["frontiers"]["nll"]["bft"]["followed"].over_seeds.verdict == "no gap"
+    assert analysis["frontiers"]["rouge"]["bft"]["followed"].over_seeds.verdict != "no gap"
     medquad_findings.render(analysis)
+
+
+def test_rows_are_drawn_for_all_models_at_once():
+    """Intervals over rows against loops: at equal ROUGE-L and at the best rate, of the texts of another kind."""
+    bft = {"nll": (-0.1, -0.2, -0.3), "rouge": (0.03, 0.04, 0.07), "other": (0.1, 0.1, 0.1)}
+    results = made_up({"sft": SFT, "bft": bft})
+    rng = np.random.RandomState(7)
+    for model in results["models"]:
+        model["other_nll"] = (np.array(model["other_nll"]) + rng.randn(20)).tolist()
+        model["other_tokens"] = list(range(3, 23))
+    analysis = medquad_findings.analyse(results)
+    models = {(model["objective"], model["seed"], model["lr"]): model for model in results["models"]}
+    drawn = np.random.RandomState(0).randint(20, size=(1000, 20))
+    gaps, differences = [], []
+    for rows_drawn in drawn:
+        gaps_of_seeds, differences_of_seeds = [], []
+        for seed in results["seeds"]:
+            path = {}
+            for name in ("sft", "bft"):
+                some = [models["base", seed, 0], *(models[name, seed, lr] for lr in results["lrs"])]
+                path[name] = [sum(m["other_nll"][i] for i in rows_drawn) / sum(m["other_tokens"][i] for i in rows_drawn) for m in some]
+            rouge = {"sft": [0.2, 0.22, 0.25, 0.24], "bft": [0.2, 0.23, 0.24, 0.27]}
+            gaps_of_seeds.append(medquad_findings.frontier_gap(rouge["bft"], path["bft"], rouge["sft"], path["sft"]))
+            differences_of_seeds.append(path["bft"][3] - path["sft"][2])
+        gaps.append(np.mean(gaps_of_seeds))
+        differences.append(np.mean(differences_of_seeds))
+    assert analysis["frontiers"]["rouge"]["bft"]["other"].over_rows == pytest.approx(np.percentile(gaps, (2.5, 97.5)), rel=1e-6)
+    assert analysis["best"]["rouge"]["bft"].over_rows["other"] == pytest.approx(np.percentile(differences, (2.5, 97.5)), rel=1e-6)
 
 
 def test_predictions_are_judged_by_intervals():
