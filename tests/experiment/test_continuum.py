@@ -107,12 +107,16 @@ def test_predictions_are_judged_by_intervals(fewer, verdicts):
 @pytest.mark.parametrize("more, verdicts", [(0.03, {2: "held", 4: "held"}), (-0.03, {2: "failed", 4: "failed"}), (0, {2: "open", 4: "open"})])
 def test_what_was_seen_in_ten_seeds_is_judged_by_others(more, verdicts):
     assert len(continuum.analyse(made_up())["predictions"]) == 3
-    analysis = continuum.analyse(made_up(more_right=more, noise=0.001, first_seed=10))
+    condensed = made_up(more_right=more, noise=0.001, first_seed=10)
+    # Of those that were never told, some more: one point, since half of them are planted.
+    planted = condensed["curves"]["bft"]["told 0x, planted"]
+    planted["acc"] = (np.array(planted["acc"]) + 0.02).tolist()
+    analysis = continuum.analyse(condensed)
     best, of_never_told, since = analysis["predictions"][3:]
     assert {wordings: outcome.verdict for (_, wordings), outcome in best[1].items()} == verdicts
-    # Of what was never told both have as many right, at every rate, but for noise.
-    assert of_never_told[1]["bft", 0].verdict == "open"
-    assert since[1]["bft", 2].estimate.mean == pytest.approx(2 * more, abs=0.003) and since[1]["bft", 2].verdict == verdicts[2]
+    assert of_never_told[1]["bft", 0].verdict == "failed"                 # predicted are fewer
+    assert since[1]["bft", 2].estimate.mean == pytest.approx(2 * more - 0.01, abs=0.002)
+    assert since[1]["bft", 2].verdict == ("held" if more > 0 else "failed")
     # What is said before anything is trained.
     assert "own best rate" in continuum.introduce(("sft", "bft"), range(10, 12), (0.1,))
     assert "own best rate" not in continuum.introduce(("sft", "bft"), range(9, 12), (0.1,))
