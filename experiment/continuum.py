@@ -99,11 +99,19 @@ def condense(results):
             "curves": curves}
 
 
+class Gain(NamedTuple):
+    """More facts right than before fine-tuning, at an objective's own best rate."""
+    lr: float                        # the one that is chosen for most seeds
+    is_inside: bool                  # not the lowest or the highest rate: a better one may lie beyond those
+    estimate: Estimate
+
+
 class Strength(NamedTuple):
     """What is found of the facts that were told in so many wordings."""
     wordings: int
     confidence: float                # the base's in the right answer, a token
-    right: float                     # what share of them the base has right
+    right: dict                      # {objective: (1 + learning rates,) what share is right}, the base's first
+    gains: dict                      # {objective: Gain}
     gaps: dict                       # {(objective, kind): Judged}: minus the reference
 
 
@@ -114,8 +122,9 @@ KINDS = ("right", "followed", "best")
 
 
 def analyse(condensed):
-    """{"objectives", "seeds", "levels": (from, to) accuracy on what was never told, "strengths": [Strength],
-    "predictions": [(Prediction, {(objective, wordings): Judged})]}. Raises UserError for fewer than two seeds."""
+    """{"objectives", "seeds", "rates": 0 (for the base) and the learning rates, "levels": (from, to) accuracy on what
+    was never told, "strengths": [Strength], "gains": {objective: Gain} over all strengths, with one rate for all of
+    them, "predictions": [(Prediction, {(objective, wordings): Judged})]}. Raises UserError for fewer than two seeds."""
     names = sorted(condensed["objectives"], key=lambda name: name != REFERENCE)
     if names[0] != REFERENCE or len(names) < 2:
         raise UserError(f"objectives {' '.join(names)}; expected sft, with which others are compared, and another one")
@@ -123,30 +132,39 @@ def analyse(condensed):
         raise UserError("one seed has no intervals over seeds; expected --seeds 0 1 2, or more of them")
     curves = {name: {stratum: {measure: np.array(values) for measure, values in measures.items()}
                      for stratum, measures in condensed["curves"][name].items()} for name in names}
-    seeds, comparisons = len(condensed["seeds"]), (len(names) - 1) * len(STRENGTHS)
-    strengths = []
-    for wordings in STRENGTHS:
-        strata = strata_of(wordings)
-        base = {measure: np.mean([curves[REFERENCE][stratum][measure][:, 0] for stratum in strata])
-                for measure in ("confidence", "acc")}
-        gaps = {}
-        for name in names[1:]:
-            mine, theirs = curves[name], curves[REFERENCE]
-            right = gap_along(mine, theirs, (strata[0], "acc"), comparisons)
-            followed = gap_along(mine, theirs, (strata[1], "followed"), comparisons)
-            gaps[name, "right"] = judge_gap(right, seeds, less_is_better=False)
-            gaps[name, "followed"] = judge_gap(followed, seeds)
-            best = gap_at_best(mine, theirs, wordings)
-            since_never_told = best - gap_at_best(mine, theirs, 0)
-            for kind, values in (("best", best), ("best, since never told", since_never_told)):
-                estimate = estimate_over_seeds(values, comparisons)
-                gaps[name, kind] = judge_gap(estimate, seeds, less_is_better=False)
-        strengths.append(Strength(wordings, base["confidence"], base["acc"], gaps))
+    rates = [0, *condensed["lrs"]]
+    strengths = [analyse_strength(wordings, curves, rates) for wordings in STRENGTHS]
     learnt = [curves[name][NEVER_TOLD]["acc"].mean(0) for name in names]   # (1 + learning rates,) each
     start = learnt[0][0]
     end = start + 0.9 * (min(path.max() for path in learnt) - start)
-    return {"objectives": names, "seeds": condensed["seeds"], "levels": (start, end), "strengths": strengths,
+    gains = {name: gain_of(facts_right(curves[name], *STRENGTHS), rates, len(names)) for name in names}
+    return {"objectives": names, "seeds": condensed["seeds"], "rates": rates, "levels": (start, end),
+            "strengths": strengths, "gains": gains,
             "predictions": [(p, judge(p, names[1:], strengths)) for p in predictions_for(condensed["seeds"])]}
+
+
+def analyse_strength(wordings, curves, rates):
+    """The Strength. curves: {objective: {stratum: {measure: (seeds, 1 + learning rates)}}}, the reference first."""
+    reference, *others = curves
+    told_truly, planted = strata_of(wordings)
+    right = {name: facts_right(curves[name], wordings) for name in curves}
+    seeds, comparisons = len(right[reference]), len(others) * len(STRENGTHS)
+    gaps = {}
+    for name in others:
+        more_right = gap_along(curves[name], curves[reference], (told_truly, "acc"), comparisons)
+        if told_truly == NEVER_TOLD:
+            # At equal ones of these they are compared.
+            more_right = Estimate(math.nan, math.nan, math.nan)
+        gaps[name, "right"] = judge_gap(more_right, seeds, less_is_better=False)
+        followed = gap_along(curves[name], curves[reference], (planted, "followed"), comparisons)
+        gaps[name, "followed"] = judge_gap(followed, seeds)
+        best = gap_at_best(curves[name], curves[reference], wordings)
+        since_never_told = best - gap_at_best(curves[name], curves[reference], 0)
+        for kind, values in (("best", best), ("best, since never told", since_never_told)):
+            gaps[name, kind] = judge_gap(estimate_over_seeds(values, comparisons), seeds, less_is_better=False)
+    gains = {name: gain_of(right[name], rates, len(curves) * len(STRENGTHS)) for name in curves}
+    confidence = np.mean([curves[reference][stratum]["confidence"][:, 0] for stratum in (told_truly, planted)])
+    return Strength(wordings, confidence, {name: right[name].mean(0) for name in curves}, gains, gaps)
 
 
 def strata_of(wordings):
@@ -169,15 +187,31 @@ def gap_along(mine, theirs, key, comparisons):
     return Estimate(*jackknife(gap, seeds, comparisons))
 
 
+def facts_right(curves, *strengths):
+    """(seeds, 1 + learning rates): what share is right of the facts of these strengths, those with right and those with
+    wrong labels together."""
+    strata = [stratum for wordings in strengths for stratum in strata_of(wordings)]
+    return np.mean([curves[stratum]["acc"] for stratum in strata], axis=0)
+
+
+def at_best(right):
+    """(what share is right (seeds,), places of the rates (seeds,)) at the best rate, which is chosen for each seed by
+    the mean over the others, so that nobody profits from luck. right: (seeds, 1 + learning rates)."""
+    trained = right[:, 1:]
+    others = (trained.sum(0) - trained) / (len(trained) - 1)
+    places = others.argmax(1) + 1
+    return right[np.arange(len(right)), places], places
+
+
 def gap_at_best(mine, theirs, wordings):
-    """(seeds,): more facts right, of those with right and with wrong labels together, each at its own best rate. That
-    is chosen for each seed by the mean over the others, so that nobody profits from luck."""
-    at_best = []
-    for curves in (mine, theirs):
-        right = np.mean([curves[stratum]["acc"][:, 1:] for stratum in strata_of(wordings)], axis=0)   # (seeds, rates)
-        others = (right.sum(0) - right) / (len(right) - 1)
-        at_best.append(right[np.arange(len(right)), others.argmax(1)])    # (seeds,)
-    return at_best[0] - at_best[1]
+    """(seeds,): more facts right, each at its own best rate."""
+    return at_best(facts_right(mine, wordings))[0] - at_best(facts_right(theirs, wordings))[0]
+
+
+def gain_of(right, rates, comparisons):
+    best, places = at_best(right)
+    place = np.bincount(places).argmax()
+    return Gain(rates[place], 1 < place < len(rates) - 1, estimate_over_seeds(best - right[:, 0], comparisons))
 
 
 def judge(prediction, names, strengths):
@@ -196,34 +230,67 @@ def judge(prediction, names, strengths):
 # Words
 
 TITLE = """\
-WHERE A LOSS PAYS, BY WHAT THE BASE BELIEVES: {seeds} seeds, points more or fewer than {reference}
+WHERE A LOSS PAYS, BY WHAT THE BASE BELIEVES: {seeds} seeds
+Brackets: intervals over seeds by Student's t (at equal accuracy by the jackknife), which hold all at once in a column,
+those of all losses, with 95% (Bonferroni). ?: it has 0 in it. confidence: the base's in the right answer, a token."""
+AGAINST_THE_BASE = """\
+FACTS RIGHT, half of them fine-tuned with wrong labels: points more than before fine-tuning. Each loss at its best
+rate, which for each seed the others choose (*: the lowest or the highest one; a better one may lie beyond)"""
+AGAINST_THE_REFERENCE = """\
+POINTS MORE OR FEWER THAN {reference}
 At equal accuracy on what was never told, from {start:.0%} to {end:.0%}, along frontiers of means over the seeds: facts
-that are told truly and are right, wrong labels that are followed. At each one's own best rate: facts that are right,
-half of them with wrong labels. Brackets: intervals over seeds by Student's t (the first two by the jackknife), which
-hold all at once in a column of all losses, with 95% (Bonferroni). confidence: the base's in the right answer, a
-token."""
-HEADINGS = {"right": "right, told truly", "followed": "wrong labels followed", "best": "right, at the best rate"}
+told truly that are right, and wrong labels that are followed. Each at its own best rate: facts right, as above."""
+HEADINGS = {"right": "told truly: right", "followed": "wrong labels followed", "best": "right, best rate"}
 
 
 def render(analysis):
     reference, *others = analysis["objectives"]
     start, end = analysis["levels"]
-    lines = [TITLE.format(seeds=len(analysis["seeds"]), reference=reference, start=start, end=end)]
+    lines = [TITLE.format(seeds=len(analysis["seeds"])), "", *render_right(analysis), "", *render_gains(analysis), "",
+             AGAINST_THE_REFERENCE.format(reference=reference, start=start, end=end)]
     for name in others:
         lines += ["", f"{name} minus {reference}"]
-        lines.append("wordings  confidence  right" + columns(HEADINGS.values(), 28))
+        headings = [f"{heading} {'':6s}" for heading in HEADINGS.values()]
+        lines.append("wordings  confidence" + columns(headings, 32))
         for strength in analysis["strengths"]:
             cells = []
             for kind in KINDS:
                 estimate, verdict = strength.gaps[name, kind]
                 cells.append(f"{with_interval(estimate, 100, 1, '+')} {VERDICTS[verdict]:6s}")
-            lines.append(f"{strength.wordings:8d}{strength.confidence:12.3f}{strength.right:7.0%}" + columns(cells, 28))
+            lines.append(f"{strength.wordings:8d}{strength.confidence:12.3f}" + columns(cells, 32))
     lines += ["", "PREDICTIONS and what became of them, in points (open: the interval allows both)"]
     for prediction, outcomes in analysis["predictions"]:
-        words = [f"{name} at {wordings} {outcome.verdict} ({with_interval(outcome.estimate, 100, 1, '+')})"
+        words = [f"{name}, {wordings} wordings: {outcome.verdict} ({with_interval(outcome.estimate, 100, 1, '+')})"
                  for (name, wordings), outcome in outcomes.items()]
         lines += [f"- {prediction.text}", "  " + "; ".join(words)]
     return "\n".join([*lines, ""])
+
+
+def render_right(analysis):
+    lines = ["FACTS RIGHT, %, half of them fine-tuned with wrong labels, by learning rate (0: before fine-tuning)",
+             f"{'':10s}wordings" + columns([f"{rate:g}" for rate in analysis["rates"]], 8)]
+    for name in analysis["objectives"]:
+        for strength in analysis["strengths"]:
+            cells = [f"{share:.0%}" for share in strength.right[name]]
+            lines.append(f"{name:10s}{strength.wordings:8d}" + columns(cells, 8))
+    return lines
+
+
+def render_gains(analysis):
+    names = analysis["objectives"]
+    lines = [AGAINST_THE_BASE, "wordings  confidence" + columns(names, 32)]
+    for strength in analysis["strengths"]:
+        cells = [gain_cell(strength.gains[name]) for name in names]
+        lines.append(f"{strength.wordings:8d}{strength.confidence:12.3f}" + columns(cells, 32))
+    cells = [gain_cell(analysis["gains"][name]) for name in names]
+    return [*lines, "all, at one rate".ljust(20) + columns(cells, 32)]
+
+
+def gain_cell(gain):
+    rate = f"{gain.lr:g}"
+    if not gain.is_inside:
+        rate += "*"
+    return f"{with_interval(gain.estimate, 100, 1, '+')} at {rate:7s}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,26 +301,32 @@ def draw(analysis, path):
     UserError."""
     plt = import_pyplot()
     reference, *others = analysis["objectives"]
+    strengths = analysis["strengths"]
+    panels = {
+        "Facts with right labels, at equal accuracy\non what was never told: higher is better":
+            {name: [strength.gaps[name, "right"].estimate for strength in strengths] for name in others},
+        "Wrong labels followed, at equal accuracy\non what was never told: lower is better":
+            {name: [strength.gaps[name, "followed"].estimate for strength in strengths] for name in others},
+        "All facts, each loss at its own best rate:\nhigher is better":
+            {name: [strength.gains[name].estimate for strength in strengths] for name in analysis["objectives"]},
+    }
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    confidence = np.array([strength.confidence for strength in analysis["strengths"]])
-    for ax, (kind, heading) in zip(axes, HEADINGS.items()):
-        for number, name in enumerate(others):
-            gaps = [strength.gaps[name, kind].estimate for strength in analysis["strengths"]]
-            mean, low, high = 100 * np.array(gaps).T
+    confidence = np.array([strength.confidence for strength in strengths])
+    for ax, (title, estimates_of_losses) in zip(axes, panels.items()):
+        for number, (name, estimates) in enumerate(estimates_of_losses.items()):
+            mean, low, high = 100 * np.array(estimates).T
             look = LOOKS[name]
             # Side by side, so that no interval hides another one.
             ax.errorbar(confidence + 0.006 * number, mean, (mean - low, high - mean), color=look.colour,
                         marker=look.marker, capsize=3, label=name)
-        ax.axhline(0, color=LOOKS[reference].colour, linewidth=0.8, label=reference)
-        ax.set(xlabel="the base's confidence in the right answer, a token",
-               ylabel=f"{heading}: points minus {reference}")
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set(xlabel="the base's confidence in the right answer, a token", ylabel=f"points minus {reference}")
+        ax.set_title(title, fontsize="medium")
         ax.grid(alpha=0.3)
         top = ax.secondary_xaxis("top")
-        top.set_xticks(confidence, [f"{strength.wordings}x" for strength in analysis["strengths"]], fontsize="small")
-    axes[0].legend(fontsize="small")
-    axes[0].set_title("At equal accuracy on what was never told:\nhigher is better", fontsize="medium")
-    axes[1].set_title("At equal accuracy on what was never told:\nlower is better", fontsize="medium")
-    axes[2].set_title("Each at its own best rate, half of the labels wrong:\nhigher is better", fontsize="medium")
+        top.set_xticks(confidence, [f"{strength.wordings}x" for strength in strengths], fontsize="small")
+    axes[2].set(ylabel="points right minus the base, before fine-tuning")
+    axes[2].legend(fontsize="small")
     figure.suptitle(f"Means over {len(analysis['seeds'])} seeds; above, in how many wordings a fact was told")
     with replacing(path) as f:
         figure.savefig(f, format="png", dpi=150)
@@ -266,11 +339,27 @@ def report(condensed, path):
     show(analyse(condensed), render, draw, path)
 
 
+def of_seeds(condensed, seeds):
+    """What is kept of these seeds alone. Raises UserError."""
+    missing = set(seeds) - set(condensed["seeds"])
+    if missing:
+        raise UserError(f"--seeds {' '.join(map(str, sorted(missing)))}: not among {condensed['seeds']}")
+    places = [condensed["seeds"].index(seed) for seed in seeds]
+    curves = {name: {stratum: {measure: [values[place] for place in places] for measure, values in measures.items()}
+                     for stratum, measures in strata.items()} for name, strata in condensed["curves"].items()}
+    return {**condensed, "seeds": seeds, "curves": curves}
+
+
 def main():
     parser = Parser(description="Prints and draws again what a job with --continuum found.")
     parser.add_argument("results", help="its continuum.json")
-    path = parser.parse_args().results
-    report(read_kept(path, KEYS), path)
+    parser.add_argument("--seeds", type=int, nargs="+", help="of these seeds alone, without a picture")
+    args = parser.parse_args()
+    condensed = read_kept(args.results, KEYS)
+    if args.seeds:
+        print(render(analyse(of_seeds(condensed, args.seeds))))
+    else:
+        report(condensed, args.results)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,27 @@ def test_worse_is_said_too_and_all_intervals_hold_at_once():
     assert estimate.high - estimate.mean == pytest.approx(6.23 * 3 ** 0.5 * np.std(without), rel=0.01)
 
 
+def test_what_is_gained_over_the_base():
+    """At each strength at its own best rate; over all strengths together at one."""
+    condensed = made_up(noise=0)
+    for wordings in continuum.STRENGTHS:
+        for stratum, path in ((f"told {wordings}x", [0.5, 0.6, 0.4, 0.5]), (f"told {wordings}x, planted", [0.5, 0.4, 0.3, 0.2])):
+            # sft loses wherever it was told, the less the lower the rate; where it was not, it gains at the last rate.
+            condensed["curves"]["sft"][stratum]["acc"] = [[0.5, 0.5, 0.6, 0.9] if wordings == 0 else path] * 4
+            condensed["curves"]["bft"][stratum]["acc"] = [[0.5, 0.5, 0.7, 0.4]] * 4
+    analysis = continuum.analyse(condensed)
+    gains = {strength.wordings: strength.gains for strength in analysis["strengths"]}
+    assert (gains[0]["sft"].lr, gains[0]["sft"].is_inside, gains[0]["sft"].estimate.mean) == (1e-2, False, pytest.approx(0.4))
+    assert (gains[8]["sft"].lr, gains[8]["sft"].is_inside, gains[8]["sft"].estimate.mean) == (1e-4, False, pytest.approx(0))
+    assert (gains[8]["bft"].lr, gains[8]["bft"].is_inside, gains[8]["bft"].estimate.mean) == (1e-3, True, pytest.approx(0.2))
+    # Of six strengths one gains at the last rate, five lose 0.15.
+    assert analysis["gains"]["sft"].lr == 1e-4 and analysis["gains"]["sft"].estimate.mean == pytest.approx(0)
+    assert analysis["gains"]["bft"].estimate.mean == pytest.approx(0.2)
+    assert np.allclose(analysis["strengths"][3].right["sft"], [0.5, 0.5, 0.35, 0.35])
+    text = continuum.render(analysis)
+    assert "+0.0 [0.0,0.0] at 0.0001*" in text and "+20.0 [20.0,20.0] at 0.001 " in text and "+40.0 [40.0,40.0] at 0.01* " in text
+
+
 def test_the_best_rate_is_chosen_by_the_other_seeds():
     """A rate that is best by luck, in one seed alone, is not that seed's."""
     condensed = made_up(noise=0)
@@ -152,8 +173,8 @@ def test_what_is_kept_of_the_items():
                 assert kept[key][[3, 5].index(model["seed"])][place] == pytest.approx(value, abs=1e-5)
 
 
-def print_again(path):
-    return subprocess.run([sys.executable, "-m", "experiment.continuum", path], cwd=ROOT, capture_output=True, text=True, timeout=100)
+def print_again(path, *flags):
+    return subprocess.run([sys.executable, "-m", "experiment.continuum", path, *flags], cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.slow
@@ -164,6 +185,14 @@ def test_it_is_printed_and_drawn_again(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "4 seeds" in result.stdout and "from 25% to 52%" in result.stdout and "PREDICTIONS" in result.stdout
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+    # Some of its seeds, without a picture: as if there were no others.
+    some = print_again(path, "--seeds", "3", "1")
+    assert some.returncode == 0 and "2 seeds" in some.stdout and "picture" not in some.stdout
+    expected = made_up(fewer_followed=0.03)
+    for measures in (measures for strata in expected["curves"].values() for measures in strata.values()):
+        measures.update({key: [values[3], values[1]] for key, values in measures.items()})
+    assert some.stdout == continuum.render(continuum.analyse({**expected, "seeds": [3, 1]})) + "\n"
+    assert "not among" in print_again(path, "--seeds", "7").stderr
     for content, words in (("{}", "it has the keys"), ("[1]", "expected what an earlier run"), ("nonsense", "Expecting value")):
         path.write_text(content)
         result = print_again(path)
