@@ -194,17 +194,21 @@ def compare_frontiers(curves, names, key):
     comparisons = {}
     for name in names[1:]:
         x = sign * curves[name][key]
-        tops = np.minimum(x.max(1), other_x.max(1))
-        start = sign * x[:, 0].mean()
+        start, end = compared_range(x, other_x)
         gaps = []
         for y_key in (FOLLOWED, LOST):
             curves_of_seeds = zip(x, curves[name][y_key], other_x, reference[y_key])
             gaps_of_seeds = [frontier_gap(*of_seed) for of_seed in curves_of_seeds]
             gaps.append(judge_gap(estimate_over_seeds(gaps_of_seeds, len(names) - 1), len(gaps_of_seeds)))
-        # As far as `frontier_gap` goes, in the mean.
-        end = start + 0.9 * sign * (tops - x[:, 0]).mean()
-        comparisons[name] = Comparison(start, end, *gaps)
+        comparisons[name] = Comparison(sign * start, sign * end, *gaps)
     return {"reach": reach, "comparisons": comparisons}
+
+
+def compared_range(x, other_x):
+    """(start, end): from where to where `frontier_gap` goes in the mean over seeds. (seeds, P) each."""
+    tops = np.minimum(x.max(1), other_x.max(1))
+    start = x[:, 0].mean()
+    return start, start + 0.9 * (tops - x[:, 0]).mean()
 
 
 def frontier_gap(x, y, other_x, other_y):
@@ -223,7 +227,7 @@ def judge_gap(estimate, seeds, less_is_better=True):
     verdict."""
     if math.isnan(estimate.mean):
         verdict = "no gap"
-    elif seeds < 3 or estimate.low <= 0 <= estimate.high:
+    elif seeds < 3 or not (estimate.low > 0 or estimate.high < 0):
         verdict = "cannot tell"
     elif (estimate.high < 0) == less_is_better:
         verdict = "better"

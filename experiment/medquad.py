@@ -28,7 +28,7 @@ import torch
 
 import hf
 from data import load_samples, read_rows
-from experiment.medquad_findings import RESULTS, analyse, draw, render
+from experiment.medquad_findings import LEARNING_RATES, RESULTS, analyse, draw, render
 from experiment.report import read_kept, show
 from runtime.device import compute_dtype, find_device
 from runtime.files import file_sha256, write_whole
@@ -41,7 +41,6 @@ from tasks.writing import write_texts
 CHECKOUT = Path(__file__).resolve().parents[1]
 OBJECTIVES = ("sft", "dft", "bft", "bft-v3")
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 
 LONGEST = 512                        # tokens of a row; longer ones are left out, none is cut
 TRAINED = 384                        # rows

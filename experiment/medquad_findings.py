@@ -15,15 +15,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiment.findings import Estimate, Judged, estimate_over_seeds, frontier_gap, judge_between, judge_gap
+from experiment.findings import Estimate, compared_range, estimate_over_seeds, frontier_gap, judge_between, judge_gap
 from experiment.pictures import LOOKS, import_pyplot
-from experiment.report import VERDICTS, columns, with_interval
+from experiment.report import VERDICTS, columns, number, with_interval
 from runtime.files import replacing
 from tasks.statistics import interval
 
 
 RESULTS = {"init", "objectives", "seeds", "lrs", "models"}
 REFERENCE = "sft"
+# As planned; and what is trained, too, if by NLL a loss is best at the lowest or the highest of them.
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+BELOW, BEYOND = 1e-4, 1e-2
 
 
 class Measure(NamedTuple):
@@ -33,7 +36,7 @@ class Measure(NamedTuple):
     per: str | None = None
     scale: float = 1                 # as it is shown
     digits: int = 3
-    less_is_better: bool = True
+    less_is_better: bool | None = True   # None: neither is
 
 
 MEASURES = {
@@ -41,8 +44,11 @@ MEASURES = {
     "rouge": Measure("ROUGE-L %", "rouge", scale=100, digits=1, less_is_better=False),
     "followed": Measure("wrong labels followed %", "followed", scale=100, digits=1),
     "other": Measure("NLL of other texts", "other_nll", "other_tokens"),
-    "confidence": Measure("min group confidence", "val_confidence", less_is_better=False),
+    "confidence": Measure("min group confidence", "val_confidence", less_is_better=None),
 }
+ANSWER_TOKENS = Measure("answer's tokens", "tokens", digits=0, less_is_better=None)
+# Which rows a key is of: those of one kind are drawn together.
+ROWS = {"val_nll": 0, "val_confidence": 0, "rouge": 1, "other_nll": 2, "followed": 3}
 
 
 class Prediction(NamedTuple):
@@ -64,8 +70,8 @@ PREDICTIONS = (
     Prediction("Their minimum group confidence on other diseases is lower.", WEIGHTED, "confidence", "rates", below=0),
     Prediction("Their answers' ROUGE-L is within 2 points of sft's.", WEIGHTED, "rouge", "rates", above=-0.02,
                below=0.02),
-    Prediction("At equal NLL they do not follow fewer wrong labels than sft: a lower rate of sft would do as well "
-               "(within 5 points).", WEIGHTED, "followed", "nll", above=-0.05, below=0.05),
+    Prediction("At equal NLL they follow as many wrong labels as sft, within 5 points: a lower rate of sft would do as "
+               "well.", WEIGHTED, "followed", "nll", above=-0.05, below=0.05),
 )
 
 
@@ -76,36 +82,53 @@ def analyse(results):
     """All that is printed and drawn, as numbers:
 
     objectives, seeds, rates     sft first; 0 (for the base) and the learning rates
+    planned                      the places of the planned rates among `rates`; all places where one of them is missing
     counts                       {"val", "answers", "planted", "other": rows; "planted" those of the first seed}
     curves                       {objective: {measure: (seeds, 1 + learning rates)}}
+    answer_tokens                {objective: (1 + learning rates,)} of an answer, in the mean
     frontiers                    {"nll", "rouge": {objective: {other measure: Gap}}} beside sft at equal ones
     best                         {"nll", "rouge": {objective: Best}}: each at its own best rate
-    predictions                  [(Prediction, {objective: Judged})]
+    predictions                  [(Prediction, {objective: Gap})]
     """
     names = sorted(results["objectives"], key=lambda name: name != REFERENCE)
     models = {(m["objective"], m["seed"], m["lr"]): m for m in results["models"]}
-    curves = {name: curves_of(value_of, models, name, results) for name in names}
-    resampled = {name: curves_of(resample, models, name, results) for name in names}
+    paths = {name: paths_of(models, name, results) for name in names}
+    curves = {name: curves_of(value_of, paths[name]) for name in names}
+    resampled = {name: curves_of(resample, paths[name]) for name in names}
     first = models["base", results["seeds"][0], 0]
     counts = {"val": len(first["val_nll"]), "answers": len(first["rouge"]), "planted": len(first["followed"]),
               "other": len(first["other_nll"])}
-    analysis = {"objectives": names, "seeds": results["seeds"], "rates": [0, *results["lrs"]], "counts": counts,
-                "curves": curves}
-    analysis["frontiers"] = {at: {name: gaps_at_equal(at, name, curves, resampled) for name in names[1:]} for at in BY}
+    rates = [0, *results["lrs"]]
+    planned = LEARNING_RATES if set(LEARNING_RATES) <= set(rates) else rates[1:]
+    tokens = {name: curve_of(value_of, ANSWER_TOKENS, paths[name]).mean(0) for name in names}
+    analysis = {"objectives": names, "seeds": results["seeds"], "rates": rates, "counts": counts, "curves": curves,
+                "planned": [rates.index(rate) for rate in planned], "answer_tokens": tokens}
+    analysis["frontiers"] = {at: {name: gaps_at_equal(at, name, curves, resampled) for name in names[1:]}
+                             for at in BY}
     analysis["best"] = {by: {name: best_of(by, name, curves, resampled, results["lrs"]) for name in names} for by in BY}
-    analysis["predictions"] = [(p, {name: judge(p, name, analysis) for name in p.objectives if name in names})
-                               for p in PREDICTIONS]
+    analysis["predictions"] = []
+    for prediction in PREDICTIONS:
+        trained = [name for name in prediction.objectives if name in names]
+        outcomes = {name: judge(prediction, name, analysis, resampled) for name in trained}
+        analysis["predictions"].append((prediction, outcomes))
     return analysis
 
 
 BY = ("nll", "rouge")
 
 
-def curves_of(number_of, models, name, results):
-    """{measure: (seeds, 1 + learning rates, ...)} of what number_of(measure, model) returns, the base first."""
-    paths = [[models["base", seed, 0], *(models[name, seed, lr] for lr in results["lrs"])] for seed in results["seeds"]]
-    return {key: np.array([[number_of(measure, model) for model in path] for path in paths])
-            for key, measure in MEASURES.items()}
+def paths_of(models, name, results):
+    """For each seed, the base and an objective's models at each rate."""
+    return [[models["base", seed, 0], *(models[name, seed, lr] for lr in results["lrs"])] for seed in results["seeds"]]
+
+
+def curves_of(number_of, paths):
+    return {key: curve_of(number_of, measure, paths) for key, measure in MEASURES.items()}
+
+
+def curve_of(number_of, measure, paths):
+    """(seeds, 1 + learning rates, ...) of what number_of(measure, model) returns."""
+    return np.array([[number_of(measure, model) for model in path] for path in paths])
 
 
 def value_of(measure, model):
@@ -118,11 +141,19 @@ DRAWS = 1000
 
 def resample(measure, model):
     """The value over rows that are drawn with replacement, the same ones of all models: (DRAWS,). Those with wrong
-    labels are other ones with each seed, and drawn by themselves."""
+    labels are drawn for each seed by itself."""
     values, weights = rows_of(measure, model)
-    rng = np.random.RandomState(model["seed"] if measure.key == "followed" else 0)
+    seed = model["seed"] if measure.key == "followed" else 0
+    rng = np.random.RandomState([ROWS[measure.key], seed])
     drawn = rng.randint(len(values), size=(DRAWS, len(values)))
     return values[drawn].sum(1) / weights[drawn].sum(1)
+
+
+def interval_over_rows(of_draws):
+    """(low, high), 95%; without bounds where some of the draws say nothing."""
+    if np.isnan(of_draws).mean() > 0.05:
+        return -math.inf, math.inf
+    return interval(of_draws)
 
 
 def rows_of(measure, model):
@@ -133,8 +164,14 @@ def rows_of(measure, model):
 
 class Gap(NamedTuple):
     """A difference from sft."""
-    over_seeds: Judged
+    estimate: Estimate               # over seeds
     over_rows: tuple                 # (low, high), 95%
+    verdict: str                     # by both
+
+
+def wider(estimate, over_rows):
+    """The Estimate that is as uncertain as both over seeds and over rows."""
+    return Estimate(estimate.mean, min(estimate.low, over_rows[0]), max(estimate.high, over_rows[1]))
 
 
 def gaps_at_equal(at, name, curves, resampled):
@@ -146,14 +183,13 @@ def gaps_at_equal(at, name, curves, resampled):
             continue
         of_seeds = gaps_of_seeds(at, key, curves[name], curves[REFERENCE])
         estimate = estimate_over_seeds(of_seeds, len(curves) - 1)
-        over_rows = math.nan, math.nan
-        if not math.isnan(estimate.mean):
-            of_draws = []
-            for draw in range(DRAWS):
-                mine, theirs = ({k: resampled[who][k][:, :, draw] for k in (at, key)} for who in (name, REFERENCE))
-                of_draws.append(np.mean(gaps_of_seeds(at, key, mine, theirs)))
-            over_rows = interval(of_draws)
-        gaps[key] = Gap(judge_gap(estimate, len(of_seeds), measure.less_is_better), over_rows)
+        of_draws = []
+        for draw in range(DRAWS):
+            mine, theirs = ({k: resampled[who][k][:, :, draw] for k in (at, key)} for who in (name, REFERENCE))
+            of_draws.append(np.mean(gaps_of_seeds(at, key, mine, theirs)))
+        over_rows = interval_over_rows(of_draws)
+        verdict = judge_gap(wider(estimate, over_rows), len(of_seeds), measure.less_is_better).verdict
+        gaps[key] = Gap(estimate, over_rows, verdict)
     return gaps
 
 
@@ -181,7 +217,7 @@ def best_of(by, name, curves, resampled, lrs):
             continue
         over_seeds[key] = estimate_over_seeds(values - curves[REFERENCE][key][:, other_place], len(curves) - 1)
         differences = resampled[name][key][:, place] - resampled[REFERENCE][key][:, other_place]   # (seeds, DRAWS)
-        over_rows[key] = interval(differences.mean(0))
+        over_rows[key] = interval_over_rows(differences.mean(0))
     return Best(lrs[place - 1], 1 < place < len(lrs), scores, over_seeds, over_rows)
 
 
@@ -191,13 +227,32 @@ def best_place(by, curve):
     return 1 + int(mean.argmin() if MEASURES[by].less_is_better else mean.argmax())
 
 
-def judge(prediction, name, analysis):
+def judge(prediction, name, analysis, resampled):
+    """The Gap that was predicted, in the mean over the planned rates or at equal NLL."""
     if prediction.where == "rates":
         curve, reference = (analysis["curves"][key][prediction.measure] for key in (name, REFERENCE))
-        estimate = estimate_over_seeds((curve - reference)[:, 1:].mean(1))
+        differences = (curve - reference)[:, analysis["planned"]].mean(1)   # (seeds,)
+        estimate = estimate_over_seeds(differences, len(analysis["objectives"]) - 1)
+        of_draws = resampled[name][prediction.measure] - resampled[REFERENCE][prediction.measure]
+        over_rows = interval_over_rows(of_draws[:, analysis["planned"]].mean((0, 1)))
     else:
-        estimate = analysis["frontiers"][prediction.where][name][prediction.measure].over_seeds.estimate
-    return judge_between(estimate, prediction.above, prediction.below)
+        estimate, over_rows, _ = analysis["frontiers"][prediction.where][name][prediction.measure]
+    verdict = judge_between(wider(estimate, over_rows), prediction.above, prediction.below).verdict
+    return Gap(estimate, over_rows, verdict)
+
+
+def rates_to_add(analysis):
+    """{rate: losses}: what the plan demands beside the planned rates, and the losses for which it does."""
+    wanted = {}
+    if [analysis["rates"][place] for place in analysis["planned"]] != list(LEARNING_RATES):
+        return wanted
+    for name in analysis["objectives"]:
+        best = analysis["curves"][name]["nll"].mean(0)[analysis["planned"]].argmin()
+        if best == 0:
+            wanted.setdefault(BELOW, []).append(name)
+        elif best == len(LEARNING_RATES) - 1:
+            wanted.setdefault(BEYOND, []).append(name)
+    return wanted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +262,8 @@ TITLE = """\
 What each loss does to a pretrained model: {seeds} seeds. Measured on {val} rows about other diseases, {answers} of them
 answered; on {other} texts of another kind; and on the rows with wrong labels ({planted} with the first seed).
 Brackets: 95% intervals. Over seeds by Student's t, those of differences from {reference} for all {others} losses
-at once (Bonferroni); over rows by the paired bootstrap."""
+at once (Bonferroni); over rows by the paired bootstrap, each by itself, for these trainings alone. A verdict counts
+both: ?: one of them has 0 in it."""
 WIDTH = 26
 
 
@@ -217,18 +273,13 @@ def render(analysis):
     lines += ["", "AT EACH LEARNING RATE (0: the start), means over seeds", *render_curves(analysis)]
     for at in BY:
         heading = MEASURES[at].heading.removesuffix(" %")
-        lines += ["", f"AT EQUAL {heading}, all along what both reach from the start: minus {reference}",
-                  *render_gaps(analysis["frontiers"][at], at)]
+        lines += ["", f"AT EQUAL {heading}, all along from the start to nine tenths of what both reach: minus "
+                  f"{reference}", *render_gaps(analysis, at)]
     for by in BY:
         heading = MEASURES[by].heading.removesuffix(" %")
-        lines += ["", f"EACH AT ITS OWN BEST RATE BY {heading}; below it, minus {reference} over seeds, and over rows",
-                  *render_best(analysis["best"][by])]
-    lines += ["", "PREDICTIONS and what became of them (open: the interval allows both)"]
-    for prediction, outcomes in analysis["predictions"]:
-        measure = MEASURES[prediction.measure]
-        words = [f"{name} {outcome.verdict} ({cell(outcome.estimate, measure, '+')})"
-                 for name, outcome in outcomes.items()]
-        lines += [f"- {prediction.text}", "  " + "; ".join(words)]
+        lines += ["", f"EACH AT ITS OWN BEST RATE BY {heading} (of the mean over seeds); below it, minus {reference} "
+                  "over seeds, and over rows", *render_best(analysis["best"][by])]
+    lines += ["", *render_predictions(analysis)]
     return "\n".join([*lines, ""])
 
 
@@ -241,28 +292,34 @@ def headings(measures, first=""):
 
 
 def render_curves(analysis):
-    lines = [headings(MEASURES.values(), "loss, rate")]
+    lines = [headings([*MEASURES.values(), ANSWER_TOKENS], "loss, rate")]
     for name, curves in analysis["curves"].items():
         for place, rate in enumerate(analysis["rates"]):
             cells = []
             for key, measure in MEASURES.items():
                 cells.append(f"{curves[key][:, place].mean() * measure.scale:.{measure.digits}f}")
+            cells.append(f"{analysis['answer_tokens'][name][place]:.0f}")
             if rate or name == REFERENCE:
                 lines.append(f"{name if rate else 'start':10s}{rate:<8g}" + columns(cells, WIDTH))
     return lines
 
 
-def render_gaps(gaps_of_objectives, at):
+def render_gaps(analysis, at):
     measures = {key: measure for key, measure in MEASURES.items() if key != at}
+    sign = -1 if MEASURES[at].less_is_better else 1
+    reference = sign * analysis["curves"][REFERENCE][at]
     # A verdict stands after each difference.
-    lines = [" " * 18 + columns([f"{measure.heading} {'':6s}" for measure in measures.values()], WIDTH + 6)]
-    for name, gaps in gaps_of_objectives.items():
+    lines = [f"{'':8s}compared" + columns([f"{measure.heading} {'':6s}" for measure in measures.values()], WIDTH + 6)]
+    for name, gaps in analysis["frontiers"][at].items():
+        start, end = compared_range(sign * analysis["curves"][name][at], reference)
         over_seeds, over_rows = [], []
         for key, measure in measures.items():
-            estimate, verdict = gaps[key].over_seeds
-            over_seeds.append(f"{cell(estimate, measure, '+')} {VERDICTS[verdict]:6s}")
-            over_rows.append(f"{cell(Estimate(estimate.mean, *gaps[key].over_rows), measure, '+')} {'':6s}")
-        lines.append(name.ljust(18) + columns(over_seeds, WIDTH + 6))
+            estimate, of_rows, verdict = gaps[key]
+            word = "" if measure.less_is_better is None else VERDICTS[verdict]
+            over_seeds.append(f"{cell(estimate, measure, '+')} {word:6s}")
+            over_rows.append(f"{cell(Estimate(estimate.mean, *of_rows), measure, '+')} {'':6s}")
+        ends = [number(sign * value * MEASURES[at].scale, 2) for value in (start, end)]
+        lines.append(f"{name:8s}{'-'.join(ends):10s}" + columns(over_seeds, WIDTH + 6))
         lines.append("  over rows".ljust(18) + columns(over_rows, WIDTH + 6))
     return lines
 
@@ -281,6 +338,23 @@ def render_best(best):
             lines.append("  over rows".ljust(18) + columns(cells, WIDTH))
     if not all(own.is_inside for own in best.values()):
         lines.append("* at an end of the rates: a better one may lie beyond")
+    return lines
+
+
+def render_predictions(analysis):
+    rates = " ".join(f"{analysis['rates'][place]:g}" for place in analysis["planned"])
+    lines = [f"PREDICTIONS and what became of them (mean over the rates {rates}; open: an interval allows both)"]
+    for prediction, outcomes in analysis["predictions"]:
+        measure = MEASURES[prediction.measure]
+        words = []
+        for name, (estimate, over_rows, verdict) in outcomes.items():
+            of_rows = cell(Estimate(estimate.mean, *over_rows), measure, "+")
+            words.append(f"{name} {verdict} (over seeds {cell(estimate, measure, '+')}, over rows {of_rows})")
+        lines += [f"- {prediction.text}", "  " + "; ".join(words)]
+    for rate, losses in rates_to_add(analysis).items():
+        is_here = "is here" if rate in analysis["rates"] else "is not here yet"
+        lines += ["", f"By NLL the best of the planned rates is at an end for {', '.join(losses)}: by the plan "
+                  f"{rate:g} is trained, too, and {is_here}."]
     return lines
 
 
