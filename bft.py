@@ -13,7 +13,8 @@ Everything here works on the ragged layout: the log-probs of all response tokens
 logp[offsets[s]:offsets[s+1]]. Prompts, padding and packing are gone by then, so no window can cross two samples.
 A conversation is one sample: windows run across its turns. Arithmetic inside is float64 (N numbers: cheap).
 
-This file needs only torch and can be copied into any other code base. `python bft.py` prints a worked example.
+This file needs only torch and can be copied into any other code base. `python bft.py` prints a worked example. Checks:
+tests/test_bft.py (loops after these equations, which share no code with it), bench/authors.py (the authors' own code).
 """
 
 import itertools
@@ -25,6 +26,23 @@ import torch.nn.functional as F
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The ragged layout
+
+def _samples(logp, offsets):
+    """Each token's number, and that of its sample: (N,) each."""
+    token = torch.arange(len(logp), device=logp.device)
+    ends = offsets[1:].to(logp.device, non_blocking=True)             # exclusive: so many samples lie wholly before it
+    return token, torch.searchsorted(ends, token, right=True)
+
+
+def _bounds(logp, offsets):
+    """Each token's number, that of its sample, and where this sample begins and ends (exclusive): (N,) each."""
+    offsets = offsets.to(logp.device, non_blocking=True)
+    token, sample_index = _samples(logp, offsets)
+    return token, sample_index, offsets[sample_index], offsets[1:][sample_index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The two confidences. "Confidence" is the probability of the target token (not DeepConf's mean top-k log-prob).
 
 def group_confidence(logp, offsets, group_size=256):
@@ -33,21 +51,22 @@ def group_confidence(logp, offsets, group_size=256):
         C_b = min over windows of exp( (1/g) sum_{t in window} log p_t )
 
     over every *full* window of g = group_size consecutive response tokens, stride 1; a sample shorter than g has one
-    window, all its tokens. The geometric mean is that of the authors' released code; its README speaks of the mean.
+    window, all its tokens. The mean is geometric, as in the authors' released code (whose README speaks of a mean).
     Their exponent gamma (default 1) is left out. An empty sample gets 1, so that its weight 1 - C_b is 0.
 
     logp: (N,) log-probs of the response tokens; no gradient flows back to them. offsets: (S+1,) int64.
     Raises ValueError as `token_weights` does.
     """
     _check(logp, offsets, group_size)
-    token, sample, first, last = _bounds(logp, offsets)               # (N,) each
-    total = logp.detach().double().clamp(min=-1e6).cumsum(0)          # (an infinite one would spoil all that follow)
+    token, sample_index, first, end_of_sample = _bounds(logp, offsets)  # (N,) each
+    # After a -inf in the running sum every difference would be NaN.
+    total = logp.detach().double().clamp(min=-1e6).cumsum(0)
     total = F.pad(total, (1, 0))                                      # (N+1,) total[j] - total[i] sums tokens i..j-1
     # Each token has a window: the g tokens from it on, or the sample's last g, or all of a shorter sample.
-    end = torch.minimum(token + group_size, last)
+    end = torch.minimum(token + group_size, end_of_sample)
     start = torch.maximum(end - group_size, first)
     mean_logp = (total[end] - total[start]) / (end - start)           # (N,); log p <= 0, so 0 is neutral below
-    lowest = mean_logp.new_zeros(len(offsets) - 1).scatter_reduce(0, sample, mean_logp, "amin")  # (S,)
+    lowest = mean_logp.new_zeros(len(offsets) - 1).scatter_reduce(0, sample_index, mean_logp, "amin")  # (S,)
     return lowest.exp()
 
 
@@ -60,22 +79,22 @@ def local_confidence(logp, offsets, group_size=256):
     Arguments, gradient and errors: as `group_confidence`.
     """
     _check(logp, offsets, group_size)
-    token, _, first, last = _bounds(logp, offsets)                    # (N,) each
+    token, _, first, end_of_sample = _bounds(logp, offsets)           # (N,) each
     total = F.pad(logp.detach().double().exp().cumsum(0), (1, 0))     # (N+1,)
     left = token - group_size // 2
-    start, end = torch.maximum(left, first), torch.minimum(left + group_size, last)
+    start, end = torch.maximum(left, first), torch.minimum(left + group_size, end_of_sample)
     return (total[end] - total[start]) / (end - start)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The weights. A variant is one of these functions, Tokens -> weights, and a row of the table.
+# The weights. An objective is two of these functions, Tokens -> weights, and an average: a row of the table.
 
 class Tokens(NamedTuple):
     """What a weighting may look at: the N response tokens of S samples. No gradient flows through it."""
     logp: torch.Tensor                                                # (N,) log p_t, float64
     offsets: torch.Tensor                                             # (S+1,)
     group_size: int
-    extra: dict                                                       # {name: (N,) float64} of what the row needs
+    extra: dict                                                       # {name: (N,) float64} of the objective's `needs`
 
 
 def every_token_1(tokens):
@@ -106,9 +125,9 @@ def group_difficulty(tokens):
 
 def local_difficulty(tokens):
     """s_b = 1 - min_t c_t (BFT v3)."""
-    _, sample = _samples(tokens.logp, tokens.offsets)
+    _, sample_index = _samples(tokens.logp, tokens.offsets)
     c = local_confidence(tokens.logp, tokens.offsets, tokens.group_size)  # (N,)
-    return 1 - every_sample_1(tokens).scatter_reduce(0, sample, c, "amin")  # (S,); c <= 1, so 1 is neutral
+    return 1 - every_sample_1(tokens).scatter_reduce(0, sample_index, c, "amin")  # (S,); c <= 1, so 1 is neutral
 
 
 class Objective(NamedTuple):
@@ -136,16 +155,16 @@ OBJECTIVES = {
 # The loss.
 
 class Weights(NamedTuple):
-    """The weights of N response tokens and S samples, without gradient, and which token is of which sample; all of it
-    on the device of the log-probs."""
+    """The weights of N response tokens and S samples, without gradient, on the device of the log-probs."""
     token: torch.Tensor                                               # (N,) w_t, float64
     sample: torch.Tensor                                              # (S,) s_b, float64
-    number: torch.Tensor                                              # (N,) b: the number of each token's sample
+    sample_index: torch.Tensor                                        # (N,) the number of each token's sample
     offsets: torch.Tensor                                             # (S+1,)
+    average: str                                                      # the objective's
 
 
 def weigh(logp, offsets, objective="bft", group_size=256, extra=None):
-    """The weights that an objective gives: Weights. Who looks at them beside the loss has them computed once.
+    """The weights that an objective gives: Weights. Call it, and `weighted_loss`, if you need them beside the loss.
 
     The stop-gradient of every equation is the detach() here (the confidences have one of their own for those who call
     them directly). Arguments and errors: as `token_weights`.
@@ -154,14 +173,14 @@ def weigh(logp, offsets, objective="bft", group_size=256, extra=None):
     _check(logp, offsets, group_size)
     needed = _needed(row, objective, logp, extra or {})
     logp, offsets = logp.detach().double(), offsets.to(logp.device, non_blocking=True)
-    _, number = _samples(logp, offsets)
+    _, sample_index = _samples(logp, offsets)
     tokens = Tokens(logp, offsets, group_size, needed)
     token_weight, sample_weight = row.token_weight(tokens), row.sample_weight(tokens)
-    shapes, expected = (token_weight.shape, sample_weight.shape), ((len(logp),), (len(offsets) - 1,))
+    shapes = tuple(token_weight.shape), tuple(sample_weight.shape)
+    expected = (len(logp),), (len(offsets) - 1,)
     if shapes != expected:
-        raise ValueError(f"the weights of {objective!r} must be (N,) and (S,), {expected}; they are "
-                         f"{tuple(map(tuple, shapes))}")
-    return Weights(token_weight.double(), sample_weight.double(), number, offsets)
+        raise ValueError(f"the weights of {objective!r} must be (N,) and (S,), {expected}; they are {shapes}")
+    return Weights(token_weight.double(), sample_weight.double(), sample_index, offsets, row.average)
 
 
 def token_weights(logp, offsets, objective="bft", group_size=256, extra=None):
@@ -176,30 +195,31 @@ def token_weights(logp, offsets, objective="bft", group_size=256, extra=None):
     return _product(weigh(logp, offsets, objective, group_size, extra)).to(_precision(logp))
 
 
-def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=None, extra=None, weights=None):
+def objective_loss(logp, offsets, objective="bft", group_size=256, denominator=None, extra=None):
     """The loss of one call's share of the global batch: a scalar in the dtype of `token_weights`.
 
     denominator: N (average "tokens") or B (average "samples") of the *global* batch, a number or a 0-d tensor; None
     means that of this call. Losses of micro-batches that share one denominator add up to the loss of the whole batch.
     Samples without response tokens contribute nothing; a call with none at all is a zero that backward() accepts.
-    weights: what `weigh` has made of the same arguments; None means that it is called here. Other arguments and errors:
-    as `token_weights`; also ValueError for a number as denominator that is not positive.
+    Other arguments and errors: as `token_weights`; also ValueError for a number as denominator that is not positive.
     """
-    if weights is None:
-        weights = weigh(logp, offsets, objective, group_size, extra)
-    average = _row(objective).average
+    return weighted_loss(logp, weigh(logp, offsets, objective, group_size, extra), denominator)
+
+
+def weighted_loss(logp, weights, denominator=None):
+    """`objective_loss` with the weights that `weigh` has made of the same log-probs."""
     if denominator is not None and not isinstance(denominator, torch.Tensor) and not denominator > 0:
-        what = "samples" if average == "samples" else "response tokens"
+        what = "samples" if weights.average == "samples" else "response tokens"
         raise ValueError(f"denominator must be the global batch's number of {what}, above 0; it is {denominator!r}")
     if len(logp) == 0:
         return logp.sum().to(_precision(logp))
     weight = _product(weights)                                        # (N,) s_b * w_t, no gradient
+    n = weights.offsets.diff()                                        # (S,) n_b
     # "samples" divides twice: here each sample by its n_b, below their sum by B. "tokens" divides once, by N.
-    if average == "samples":
-        n = weights.offsets.diff()                                    # (S,) n_b
-        weight = weight / n[weights.number]
+    if weights.average == "samples":
+        weight = weight / n[weights.sample_index]
     if denominator is None:
-        denominator = global_denominator(objective, weights.offsets.diff())
+        denominator = _count(weights.average, n)
     return -((weight * logp.double()).sum() / denominator).to(_precision(logp))
 
 
@@ -209,7 +229,11 @@ def global_denominator(objective, response_lengths):
     response_lengths: n_b of every sample of the global batch; those with n_b = 0 do not count in B. A list gives an
     int, a tensor a 0-d tensor on its device. Raises ValueError for an unknown objective.
     """
-    by_samples = _row(objective).average == "samples"
+    return _count(_row(objective).average, response_lengths)
+
+
+def _count(average, response_lengths):
+    by_samples = average == "samples"
     if isinstance(response_lengths, torch.Tensor):
         return (response_lengths > 0).sum() if by_samples else response_lengths.sum()
     return sum(n > 0 for n in response_lengths) if by_samples else sum(response_lengths)
@@ -244,9 +268,9 @@ def loss_from_logits(logits, labels, objective="bft", group_size=256, denominato
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a row may need beside p_t. These are functions of the model's whole distribution at a token: (n, V) log-probs,
-# float32 or more -> (n,). Where logits are, they are computed with them; a row that needs none costs nothing. There is
-# one more, `ref_logp`: log p_t under the weights that the training started from.
+# What an objective may need beside p_t: functions of the model's whole distribution at a token, (n, V) log-probs,
+# float32 or more -> (n,). They are computed from the logits, and only if the objective needs them. There is one more,
+# `ref_logp`: log p_t under the weights that the training started from.
 
 def entropy(log_p):
     """H = -sum_v p_v log p_v, in nats."""
@@ -275,7 +299,7 @@ def distribution_needs(objective):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _product(weights):
-    return weights.sample[weights.number] * weights.token             # (N,) s_b * w_t, float64
+    return weights.sample[weights.sample_index] * weights.token       # (N,) s_b * w_t, float64
 
 
 def _row(objective):
@@ -293,20 +317,6 @@ def _needed(row, objective, logp, extra):
         if extra[name].shape != logp.shape:
             raise ValueError(f"extra[{name!r}] must be (N,) = {tuple(logp.shape)}; it is {tuple(extra[name].shape)}")
     return {name: extra[name].detach().to(logp.device).double() for name in row.needs}
-
-
-def _samples(logp, offsets):
-    """Each token's number, and that of its sample: (N,) each."""
-    token = torch.arange(len(logp), device=logp.device)
-    ends = offsets[1:].to(logp.device, non_blocking=True)
-    return token, torch.searchsorted(ends, token, right=True)         # so many samples end at or before it
-
-
-def _bounds(logp, offsets):
-    """Each token's number, that of its sample, and the sample's first token and one past its last: (N,) each."""
-    offsets = offsets.to(logp.device, non_blocking=True)
-    token, sample = _samples(logp, offsets)
-    return token, sample, offsets[sample], offsets[1:][sample]
 
 
 def _precision(x):
@@ -332,8 +342,8 @@ def _check(logp, offsets, group_size):
 
 def sample_sums(values, offsets):
     """The sum of each sample's values, (N,) in the ragged layout: (S,) float64. Nothing is checked."""
-    _, sample = _samples(values, offsets)
-    return values.new_zeros(len(offsets) - 1, dtype=torch.float64).index_add(0, sample, values.double())
+    _, sample_index = _samples(values, offsets)
+    return values.new_zeros(len(offsets) - 1, dtype=torch.float64).index_add(0, sample_index, values.double())
 
 
 def worked_example(names=None):
@@ -361,7 +371,7 @@ def worked_example(names=None):
         show(need, extra[need])
     for name, row in rows.items():
         weights = weigh(logp, offsets, name, g, extra)
-        loss = objective_loss(logp, offsets, name, g, weights=weights)
+        loss = weighted_loss(logp, weights)
         gradient, = torch.autograd.grad(loss, logp)                   # d loss / d log p_t
         divisor = "6 tokens" if row.average == "tokens" else "n_b / 2 samples"
         lines += ["", f"{name}: loss {loss:.4f} = sum of s_b w_t l_t / {divisor}"]

@@ -6,8 +6,8 @@
 
 A model is a run of `train.py`, a Hugging Face directory or repository id; a pattern in quotes ('runs/bft-s*') is one
 column of several seeds. `torchrun --nproc_per_node=8 eval.py ...` shares the work. `--shard all` shares the weights of
-models that are too large for one GPU; every rank then writes every answer. Each task reads the --data file of its
-place:
+models that are too large for one GPU; every rank then writes every answer. The first task reads the first --data file,
+the second one the second, and so on:
 
     nll       samples (any shape of data.py): NLL and perplexity per response token, minimum group confidence
     choice    {"question", "choices", "answer", "context"?, "subject"?}: multiple choice by log-likelihood, asked as
@@ -44,6 +44,7 @@ from experiment.pictures import plot
 from model import GPT
 from runtime.device import compute_dtype
 from runtime.files import write_whole
+from runtime.flags import flag_name
 from runtime.process import Parser, UserError, run
 from runtime.ranks import Ranks
 from runtime.sharding import SHARDS, shard
@@ -83,22 +84,22 @@ def main():
         question = ("--prompt", writing.question_turns(args.prompt))
         prompt = writing.encode_questions([question], writing.NEW_TOKENS, evaluation)
     unfinished = Path(args.out).with_suffix(".unfinished.json")
-    saved = False
+    unfinished_is_there = False      # on rank 0
     try:
         for opened in models.values():
             ask_model(opened, jobs, prompt, evaluation)
             if jobs and ranks.rank == 0:
                 save(unfinished, columns, [entry_of(job) for job in jobs], unfinished=True)
-                saved = True
-        if saved:
+                unfinished_is_there = True
+        if unfinished_is_there:
             entries, tables = conclude(jobs, evaluation)
             save(args.out, columns, entries)
             unfinished.unlink()
-            saved = False
+            unfinished_is_there = False
             print_tables(tables)
             print(f"per-item scores: {args.out}")
     finally:
-        if saved:
+        if unfinished_is_there:
             print(f"what was scored before this is in {unfinished}", file=sys.stderr, flush=True)
 
 
@@ -126,7 +127,7 @@ def ask_model(opened, jobs, prompt, evaluation):
 def load_model(opened, evaluation):
     """One model, on each rank what --shard has it hold. Tensors are read one at a time. Raises UserError."""
     ranks = evaluation.ranks
-    # A sharded model refers to itself: the one before it goes no sooner.
+    # A sharded model refers to itself: the memory of the one before is only freed here.
     gc.collect()
     with torch.device("meta"):
         model = GPT(opened.config).cast(evaluation.dtype).requires_grad_(False)
@@ -249,11 +250,12 @@ def check_flags(args):
     if args.tasks != ["plot"] and len(args.data) != len(args.tasks):
         raise UserError(f"--data names {len(args.data)} files for {len(args.tasks)} tasks; expected one for each")
     if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2 ** 32:
-        raise UserError(f"--temperature is {args.temperature} and --seed {args.seed}; expected 0 or more each")
+        raise UserError(f"--temperature is {args.temperature} and --seed {args.seed}; expected a finite "
+                        "temperature of 0 or more, and a seed of 0 or more, below 2 ** 32")
     for name in ("group_size", "max_length", "max_new_tokens", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+            raise UserError(f"{flag_name(name)} is {value}; expected at least 1")
     out = Path(args.out).resolve()
     if not os.access(out.parent, os.W_OK | os.X_OK) or out.is_dir():
         raise UserError(f"--out {args.out}: expected a file in a directory that is there and can be written to")
@@ -272,7 +274,7 @@ def refuse_flags_of_other_tasks(args):
             defaults[flag] = default
     for flag, names in owners.items():
         if getattr(args, flag) != defaults[flag] and not set(names) & set(args.tasks):
-            raise UserError(f"--{flag} is of {' and '.join(names)} alone; expected that in --tasks")
+            raise UserError(f"{flag_name(flag)} is of {' and '.join(names)} alone; expected that in --tasks")
 
 
 if __name__ == "__main__":

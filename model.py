@@ -55,8 +55,8 @@ class GPT(nn.Module):
     those tokens. `data.collate` makes all of them. Without at: what the head would see of each token, (T, d).
     after: see `Packing`. looks: see `linear_logprobs`; with any, (log-probs, {name: (N,)}) is returned.
 
-    recompute: keep a block's input alone and compute the block again in the backward pass.
-    agree(tokens): the new tokens that all ranks go on with in `generate`, where these share the weights.
+    recompute: keep only each block's input, and compute the block again in the backward pass.
+    agree(tokens): gives all ranks of a sharded model the same new tokens in `generate`.
     """
     recompute = False
     agree = staticmethod(lambda tokens: tokens)
@@ -175,10 +175,10 @@ class GPT(nn.Module):
             # The longest first, as many as the cache has room for.
             longest = lengths[waiting[-1]]
             count = max(1, CACHE_TOKENS // (longest + max_new_tokens))
-            together, waiting = waiting[-count:], waiting[:-count]
-            new = continue_prompts(self, [prompts[i] for i in together], max_new_tokens, temperature, set(stop),
-                                   chance[together])
-            for i, ids in zip(together, new):
+            chosen, waiting = waiting[-count:], waiting[:-count]
+            new = continue_prompts(self, [prompts[i] for i in chosen], max_new_tokens, temperature, set(stop),
+                                   chance[chosen])
+            for i, ids in zip(chosen, new):
                 continuations[i] = torch.tensor(ids, dtype=torch.int64, device=device)
         return continuations
 
@@ -306,9 +306,10 @@ class Packing:
             # The other kernels there do not know grouped heads.
             k = k.repeat_interleave(n // k.shape[1], 1)
             v = v.repeat_interleave(n // v.shape[1], 1)
+            grouped = False
         if use_flash:
-            # One FlashAttention kernel for all samples; of fewer queries than keys the last ones are at the same token.
-            options = {"enable_gqa": True} if n != k.shape[1] else {}
+            # One FlashAttention kernel for all samples. Where there are fewer queries than keys it aligns their ends.
+            options = {"enable_gqa": True} if grouped else {}
             return varlen_attn(q, k, v, self.offsets, self.seen_offsets, max(self.lengths), max(self.seen_lengths),
                                window_size=(-1, 0), **options)
         # One by one: on a CPU as fast as length buckets, faster than padding and masks (bench/RESULTS.md).
@@ -380,7 +381,7 @@ class Linear(nn.Linear):
 
 # Bytes of logits that are held at a time on a CPU. Its products run at full speed from some 256 rows on; more rows mean
 # fewer passes over the weight's gradient, and more that need not be computed twice.
-CHUNK_BYTES = 5 * 2 ** 25
+CHUNK_BYTES = 160 * 2 ** 20
 # Rows of logits that are held at a time on a GPU. A pass over the weight's gradient moves 8 bytes a number of it, the
 # products of a chunk are 8 operations a row and number: an H100 at 600 TFLOP/s and 3.35 TB/s then spends 180 / rows of
 # the products' time on it, whatever V and d. With 4,096 that is 4%, and 1.2 GB of logits for the largest vocabulary
@@ -431,7 +432,8 @@ class LinearLogprobs(torch.autograd.Function):
                 # DFT and BFT weight by. The others' errors average out in the sum, so that the target's alone is
                 # computed once more, in float32, and takes the rounded one's place in the sum as well.
                 exact = (hidden[rows].to(logp.dtype) * weight[targets[rows]]).sum(1)   # (chunk,)
-                others = lse[rows] + (-(z_y - lse[rows]).clamp(max=0).expm1()).log()   # log-sum-exp without the target
+                rounded = (z_y - lse[rows]).clamp(max=0)                  # (chunk,) log p_y by the rounded logit
+                others = lse[rows] + (-rounded.expm1()).log()             # log-sum-exp without the target
                 lse[rows] = torch.logaddexp(others, exact)
                 z_y = exact
             logp[rows] = z_y - lse[rows]
@@ -454,6 +456,7 @@ class LinearLogprobs(torch.autograd.Function):
         scaled = (grad[:, None] * hidden).to(ctx.dtype)                   # (N, d)
         grad_h = torch.empty_like(h)                                      # (N, d)
         grad_weight = torch.zeros_like(weight, dtype=logp.dtype) if ctx.needs_input_grad[1] else None   # (V, d)
+        # The last chunk first: its logits are in the buffer, unless this is a second backward pass.
         for rows in chunks[-1:] + chunks[:-1]:
             z = buffer[:rows.stop - rows.start]                           # (chunk, V), and the padding
             if not last_logits_are_there:
@@ -476,7 +479,8 @@ def on_gpu(tensor):                                                       # a fu
 
 def head_of_products(weight, dtype):
     """The head (V, d) in the dtype of the products; on a GPU with rows of zeros up to a multiple of 64, since its
-    products are slow where V is odd (GPT-2's is). Other models' V is such a multiple: then nothing is copied for it."""
+    products are slow where V is odd (GPT-2's is). The V of the other families' published models is such a multiple:
+    then nothing is copied."""
     missing = -len(weight) % 64 if on_gpu(weight) else 0
     weight = weight.to(dtype)
     return F.pad(weight, (0, 0, 0, missing)) if missing else weight
@@ -499,8 +503,8 @@ def chunks_of_logits(h, w):
 
 def row_blocks(a, *others):
     """Blocks of the same rows of some tensors. On a CPU what is made of a block is small enough for its cache, where
-    fresh memory would cost more than the arithmetic. A GPU gets all rows at once: few kernels, and none that begins in
-    between the 16 bytes that it reads at a time."""
+    fresh memory would cost more than the arithmetic. A GPU gets all rows at once: fewer kernels, and no block that
+    starts off a 16-byte boundary."""
     if on_gpu(a):
         return [(a, *others)]
     rows = max(1, 2 ** 20 // a.shape[1])
@@ -601,9 +605,9 @@ def continue_prompts(model, prompts, max_new_tokens, temperature, stop, chance):
             break
         if len(going) <= len(rows) / 2:
             # The others need not be computed any more. (To forget each as it ends would copy the cache each time.)
-            kept = [row for row, number in enumerate(rows) if number in going]
-            rows = [rows[row] for row in kept]
-            kept = torch.tensor(kept, device=device)
+            places = [place for place, number in enumerate(rows) if number in going]
+            rows = [rows[place] for place in places]
+            kept = torch.tensor(places, device=device)
             tokens, chance = tokens[kept], chance[kept]
             cache.select(kept)
         x = model.trunk(tokens, cache)

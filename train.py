@@ -4,15 +4,14 @@
     torchrun --nproc_per_node=8 train.py                   # the same on eight GPUs
     torchrun --nproc_per_node=8 train.py --init DIR_OR_HUB_ID --data FILE.jsonl --objective sft bft --out runs/mine
 
-Reads top to bottom in the order in which it runs: settings, the command, the loop (`train`), one step
-(`forward_backward`), what is logged of it, and the memory that a run needs.
+From top to bottom: settings, the command, the loop (`train`) and what it calls, one step among it (`forward_backward`),
+what is logged of a step, and the memory that a run needs.
 """
 
 import argparse
 import contextlib
 import itertools
 import math
-import os
 import random
 import sys
 import time
@@ -28,21 +27,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bft
 import hf
-from data import TEMPLATE_HELP, Samples, bucket, collate, deal, global_batch, load_samples, parse_templates
+from data import Samples, bucket, collate, deal, global_batch, load_samples
 from experiment import job as default_job
+from hf.conversation import TEMPLATE_HELP, parse_templates
+from hf.start import check_base, files_of_the_model, name_of_base, open_start, settings_of_adapter, warnings_of
 from model import GPT
 from runtime.checkpoint import not_finite, resume_from_checkpoint, save_checkpoint
 from runtime.device import autocast, compute_dtype, memory_bytes, peak_memory_gb
 from runtime.files import write_whole
-from runtime.flags import add_flags, check_bounds, flag, spelled
+from runtime.flags import add_flags, check_bounds, flag, flag_name, spelled
 from runtime.log import append_metrics
 from runtime.node import once_a_node
 from runtime.one_writer import check_still_ours, only_writer
 from runtime.process import Parser, Stop, UserError, leave_after_a_signal, read_launch, run
 from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
-from runtime.run_directory import begin, check_out, check_unchanged, describe, is_finished, tokens_sha256
-from runtime.sharding import SHARDS, draw_parameters, exchange, gather_whole, is_sharded, ranks_per_copy, shard
+from runtime.run_directory import begin_run, check_out, check_unchanged, describe, is_finished, tokens_sha256
+from runtime.sharding import SHARDS, draw_parameters, gather_whole, gradient_exchange, is_sharded, ranks_per_copy, shard
 from tasks.reference import with_reference
 from tasks.scoring import score
 from variants import load_variants, variant_of, variants_in
@@ -77,12 +78,12 @@ class Settings:
     seed: int = flag(0, "of random weights and of the order of samples", at_least=0, below=2 ** 32)
     dtype: str = flag("auto", "autocast; auto: bfloat16 where the device has it natively",
                       choices=("auto", "float32", "bfloat16"))
-    compile: bool | None = flag(None, "torch.compile the model; without either: on CUDA",
+    compile: bool | None = flag(None, "torch.compile the model (with neither flag: on CUDA)",
                                 action=argparse.BooleanOptionalAction)
-    recompute: bool = flag(False, "keep each block's input alone and compute the block again in the backward pass",
+    recompute: bool = flag(False, "keep only each block's input, and compute the block again in the backward pass",
                            action="store_true")
-    shard: str = flag("no", "what ranks share instead of holding all of the model: its rows, over all ranks or within "
-                      "each node", choices=SHARDS)
+    shard: str = flag("no", "split each parameter's rows over all ranks, or over those of each node (FSDP2); no: every "
+                      "rank holds the whole model", choices=SHARDS)
     lora_rank: int = flag(0, "rank of adapters (LoRA) on all linear layers of the blocks; 0: train all weights",
                           at_least=0)
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / rank; 0: twice the rank", at_least=0)
@@ -127,15 +128,18 @@ def parse_settings(argv):
     if grid and not is_default_job:
         raise UserError("--seeds, --lrs and --continuum are the default job's, which has no --init or --data; expected "
                         "--seed and --lr")
-    misplaced = [f"--{name.replace('_', '-')}" for name in NOT_IN_THE_DEFAULT_JOB if name in given]
+    misplaced = [flag_name(name) for name in NOT_IN_THE_DEFAULT_JOB if name in given]
     if is_default_job and misplaced:
         raise UserError(f"{', '.join(misplaced)}: not for the default job; expected --init and --data with it")
-    settings = Settings(**{**(default_job.DEFAULTS if is_default_job else {}), **given})
+    defaults = default_job.DEFAULTS if is_default_job else {}
+    settings = Settings(**{**defaults, **given})
     settings.objective = tuple(dict.fromkeys(settings.objective))         # one that is named twice is trained once
     for name in ("data", "val_data", "variant"):
         setattr(settings, name, tuple(getattr(settings, name)))
     check_settings(settings)
-    return settings, default_job.parse_grid(given, **grid) if is_default_job else None
+    if not is_default_job:
+        return settings, None
+    return settings, default_job.parse_grid(given, **grid)
 
 
 def check_settings(settings):
@@ -169,16 +173,6 @@ def main():
         finetune(settings, ranks)
 
 
-class Start(NamedTuple):
-    """What a run starts from."""
-    config: object                   # the model's GPTConfig
-    tokenizer: hf.Tokenizer
-    chat_format: hf.ChatFormat
-    directory: Path | None           # of the model; None: random weights
-    adapter: object                  # its hf.Adapter; None: none
-    files: dict                      # {name: [paths]} that were read, whose digests go into config.json
-
-
 def finetune(settings, ranks):
     """python train.py --init DIR --data FILE: each objective from the same weights, on the same samples in order."""
     if not settings.data or not settings.init:
@@ -187,18 +181,13 @@ def finetune(settings, ranks):
     if ranks.rank == 0:
         check_packages(settings.report)
     start = open_start(settings)
-    if start.adapter:
-        check_base(settings, start, ranks)
-        settings = settings_of_adapter(settings, start.adapter)
+    check_base(settings, start)
+    settings = settings_of_adapter(settings, start.adapter)
     check_memory(start.config, settings, ranks)
+    for warning in warnings_of(settings, start):
+        ranks.print(f"warning: {warning}")
     settings = replace(settings, chat_format=start.chat_format.name)
-    if start.chat_format.warning:
-        ranks.print(f"warning: {start.chat_format.warning}")
-    if start.adapter:
-        warn_of_template(start, ranks)
-    if settings.lora_rank:
-        warn_of_frozen_tokens(start, ranks)
-    extra_files = files_of_the_model(settings, start, ranks)
+    extra_files = files_of_the_model(start)
     samples, validation = load_sets(settings, start, ranks)
     outs = {objective: Path(settings.out) / objective for objective in settings.objective}
     if len(outs) == 1:
@@ -217,102 +206,6 @@ def finetune(settings, ranks):
             directory = train(settings, objective, out, records[objective], start.config, start.directory, samples,
                               validation, extra_files, ranks)
         ranks.print(f"{objective}: the model is in {directory}")
-
-
-def check_base(settings, start, ranks):
-    """Warns where --adapter names another model than --init. Raises UserError where it is merged into --init."""
-    adapter, base = start.adapter, name_of_base(settings.init, start.directory)
-    if adapter.base and os.path.abspath(adapter.base) == os.path.abspath(base):
-        return
-    # A run has both: RUN/adapter, and RUN/model with the adapter in its weights.
-    if start.directory.resolve() == adapter.directory.resolve().parent / "model":
-        trained_on = f", {adapter.base}" if adapter.base else ""
-        raise UserError(f"--init {settings.init} has --adapter {settings.adapter} merged into it already; expected the "
-                        f"model that the adapter was trained on{trained_on}, or no --adapter")
-    if adapter.base:
-        ranks.print(f"warning: {settings.adapter} says that it was trained on {adapter.base}; --init is {base}")
-
-
-def settings_of_adapter(settings, adapter):
-    """With the rank and alpha of --adapter, and its directory. Raises UserError where others were asked for."""
-    flags = {"--lora-rank": (settings.lora_rank, adapter.rank), "--lora-alpha": (settings.lora_alpha, adapter.alpha)}
-    for name, (asked, has) in flags.items():
-        if asked not in (0, has):
-            raise UserError(f"{name} is {asked}, in --adapter {settings.adapter} it is {has}; expected that, or no "
-                            "flag")
-    return replace(settings, adapter=str(adapter.directory), lora_rank=adapter.rank, lora_alpha=adapter.alpha)
-
-
-def name_of_base(init, directory):
-    """What an adapter calls the model that it was trained on: a repository id, or the directory."""
-    return str(directory) if Path(init).is_dir() else init
-
-
-def warn_of_template(start, ranks):
-    """Other programs save the chat template that an adapter was trained in beside it."""
-    directory = start.adapter.directory
-    try:
-        template = hf.read_template(directory)
-    except UserError as e:
-        # It is not the one that is used.
-        ranks.print(f"warning: {e}")
-        return
-    if template is not None and template != start.chat_format.template:
-        ranks.print(f"warning: {directory} has a chat template of its own, and {start.chat_format.where} is used: the "
-                    f"adapters may not know it; --tokenizer {directory} takes theirs, --chat-format one of ours")
-
-
-def warn_of_frozen_tokens(start, ranks):
-    """Adapters leave the embedding as it is: tokens that were never trained are never learnt."""
-    untrained = hf.untrained_tokens(start.directory, start.tokenizer, start.chat_format.tokens)
-    if untrained:
-        ranks.print(f"warning: {start.directory}: the rows of {', '.join(untrained)} are near zero, as if never "
-                    "trained, and stay frozen under --lora-rank: the model can neither read nor write them; expected "
-                    "another --chat-format (plain), or full fine-tuning")
-
-
-def open_start(settings):
-    """The Start of --init, the weights unread. Raises UserError."""
-    files = {"data": settings.data}
-    if settings.val_data:
-        files["val_data"] = settings.val_data
-    adapter = None
-    if settings.init == "scratch":
-        if not settings.tokenizer:
-            raise UserError("--init scratch needs --tokenizer: a directory with tokenizer.json, or a tiktoken name")
-        directory, tokenizer = None, hf.load_tokenizer(settings.tokenizer)
-        config = scratch_config(settings, tokenizer)
-    else:
-        directory, config, tokenizer = hf.open_model(settings.init, settings.tokenizer)
-        check_apart(settings.out, directory, "the model of --init")
-        files["init"] = [directory / "config.json", *hf.weight_files(directory)]
-        if settings.adapter:
-            adapter = hf.open_adapter(settings.adapter, config)
-            check_apart(settings.out, adapter.directory, "the adapters of --adapter")
-            files["adapter"] = hf.adapter_files(adapter.directory)
-    if tokenizer.path:
-        files["tokenizer"] = [tokenizer.path]
-        # They name the end of a text, and have the chat template.
-        beside = [tokenizer.path.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja")]
-        files["tokenizer"] += [path for path in beside if path.is_file()]
-    chat_format = hf.load_chat_format(None if settings.tokenizer else directory, tokenizer, settings.chat_format)
-    return Start(config, tokenizer, chat_format, directory, adapter, files)
-
-
-def check_apart(out, directory, what):
-    """Raises UserError where a run into `out` would write over what it starts from."""
-    out, directory = Path(out), directory.resolve()
-    if out.resolve() in (directory, *directory.parents):
-        raise UserError(f"--out {out} holds {what}; expected another directory")
-
-
-def scratch_config(settings, tokenizer):
-    """The configuration of a model with random weights. Raises UserError."""
-    try:
-        return hf.llama_config(tokenizer.n_vocab, settings.n_layer, settings.n_head, settings.n_embd,
-                               settings.max_length or 2048, tokenizer.eos_id)
-    except ValueError as e:
-        raise UserError(f"--init scratch: {e}") from None
 
 
 def load_sets(settings, start, ranks):
@@ -341,21 +234,11 @@ def read_set(paths, longest, settings, start, ranks):
     templates = parse_templates(settings.prompt_template, settings.response_template)
     samples, counts = load_samples(paths, start.tokenizer, start.chat_format, longest, templates=templates)
     ranks.print(f"{' '.join(paths)}: {counts['samples']} samples, chat format {settings.chat_format}; "
-                f"{counts['cut']} cut at {longest} tokens, {counts['dropped']} dropped for want of a response "
-                f"token; keys that are not read: {counts['unread']}")
+                f"{counts['cut']} cut at {longest} tokens, {counts['dropped']} dropped, which have no "
+                f"response token; keys that are not read: {counts['unread']}")
     for warning in counts["warnings"]:
         ranks.print(f"warning: {warning}")
     return samples
-
-
-def files_of_the_model(settings, start, ranks):
-    """{file name: bytes} that go with the trained model: the tokenizer's, and where an answer ends."""
-    generation = hf.generation_config(start.directory) if start.directory else {}
-    stop = hf.stop_ids(start.config, generation, start.tokenizer, start.chat_format)
-    if not start.tokenizer.path:
-        ranks.print(f"warning: {settings.tokenizer} is one of tiktoken's own: the model is saved without a "
-                    "tokenizer.json")
-    return hf.files_beside_model(start.tokenizer, stop, generation, start.chat_format.template)
 
 
 def describe_run(settings, objective, files, sets, ranks):
@@ -370,7 +253,7 @@ def describe_run(settings, objective, files, sets, ranks):
 # The loop
 
 class Outcome(NamedTuple):
-    """What a forward and backward pass over a global batch gave on this rank. Nothing of it was waited for."""
+    """What a forward and backward pass over a global batch gave on this rank. The device may still compute it."""
     loss: torch.Tensor               # 0-d float64: this rank's share
     mine: list                       # the numbers in the batch of the samples that this rank had
     statistics: torch.Tensor         # (len(mine), 5): `sample_statistics` of these
@@ -386,13 +269,13 @@ class Step(NamedTuple):
     outcome: Outcome
 
 
-def train(settings, objective, out, record, config, start, samples, validation, extra_files, ranks):
-    """Trains one objective into the run directory `out`, which `check_out` has looked at, and of which we are the only
-    writer; returns that of the model.
+def train(settings, objective, out, record, config, model_directory, samples, validation, extra_files, ranks):
+    """Trains one objective into the run directory `out`; returns the directory of the trained model. The caller has
+    called `check_out`, and holds `only_writer`.
 
-    record: what `describe_run` says of the run. config, start: the GPTConfig of the starting model, and its directory
-    (None: random weights). samples, validation: data.Samples (validation may be empty). extra_files: {file name: bytes}
-    that go with the model.
+    record: what `describe_run` says of the run. config: the GPTConfig of the starting model. model_directory: where it
+    is (None: random weights). samples, validation: data.Samples (validation may be empty). extra_files: {file name:
+    bytes} that go with the trained model.
     """
     total = settings.steps or settings.epochs * math.ceil(len(samples) / settings.batch_size)
     if is_finished(out, total, settings.resume, ranks):
@@ -401,15 +284,15 @@ def train(settings, objective, out, record, config, start, samples, validation, 
     if settings.compile is None:
         settings = replace(settings, compile=ranks.device.type == "cuda")
     dtype = compute_dtype(settings.dtype, ranks.device)
-    model = prepare_model(config, start, settings, dtype, ranks)
-    check_weights_on_record(start, record, ranks)
+    model = prepare_model(config, model_directory, settings, dtype, ranks)
+    check_weights_on_record(model_directory, record, ranks)
     if settings.adapter:
         check_unchanged(record, "adapter", hf.adapter_files(settings.adapter), ranks)
     trained = trained_parameters(model)
     optimizer = make_optimizer(trained, settings)
     first_step = resume_from_checkpoint(out, trained, optimizer, settings.resume, ranks)   # steps done
     # The log may have the validation of this step already.
-    run_id, validated = begin(out, record, first_step, settings.resume, ranks)
+    run_id, validated = begin_run(out, record, first_step, settings.resume, ranks)
     if "ref_logp" in bft.OBJECTIVES[objective].needs:
         samples = with_reference(out, run_id, model, samples, first_step, dtype, settings.micro_tokens, ranks)
     net = wrap(model, settings, dtype, ranks)
@@ -420,6 +303,7 @@ def train(settings, objective, out, record, config, start, samples, validation, 
         received = 0                                                      # number of the signal that stops us; 0: none
         if what_is_due(first_step, total, settings, validation).validate and not validated:
             received = validate(model, validation, first_step, log, stop)
+            log.restart_clock()
         for step in range(first_step, total):
             if received:
                 break
@@ -430,8 +314,8 @@ def train(settings, objective, out, record, config, start, samples, validation, 
             outcome = forward_backward(net, batch, objective, settings, ranks, dtype)
             grad_norm = clip_gradient(trained, settings.grad_clip)
             optimizer.step()
-            # Under DDP they become zeros and stay in its buckets. Made anew, in a pass without exchange, they would lie
-            # outside, and memory would hold them twice.
+            # Under DDP gradients become zeros and stay in its buckets. If they were None, a pass without exchange would
+            # allocate them outside of the buckets, and they would take twice the memory.
             optimizer.zero_grad(set_to_none=net is model)
 
             # The step is done. What follows only looks at it, keeps it, or stops.
@@ -450,19 +334,19 @@ def train(settings, objective, out, record, config, start, samples, validation, 
                 log.restart_clock()
         leave_after_a_signal(received or ranks.largest(stop.signal), out, done, ranks)
     check_still_ours(out, run_id, ranks)
-    save_result(out, model, start, record, extra_files, ranks)
+    save_result(out, model, model_directory, record, extra_files, ranks)
     return out / "model"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loop calls, in the order in which it does
 
-def prepare_model(config, start, settings, dtype, ranks):
+def prepare_model(config, model_directory, settings, dtype, ranks):
     """The starting model, on each rank what it holds of it. Tensors are read or drawn one at a time."""
     model = model_on_meta(config, settings, dtype)
     shard(model, settings.shard, dtype, ranks)
-    if start:
-        hf.fill_weights(model, start, ranks.device)
+    if model_directory:
+        hf.fill_weights(model, model_directory, ranks.device)
     torch.manual_seed(settings.seed)
     draw_parameters(model, ranks.device)                                  # all of them, or adapters
     if settings.adapter:
@@ -498,7 +382,7 @@ def optimizer_options(settings):
     one value, or a list with one of each group of parameters."""
     optimizer = make_optimizer({"matrix": torch.zeros(1, 1), "vector": torch.zeros(1)}, settings)
     options = {"name": type(optimizer).__name__}
-    for key in optimizer.param_groups[0].keys() - {"params", "lr"}:
+    for key in sorted(optimizer.param_groups[0].keys() - {"params", "lr"}):
         values = [group[key] for group in optimizer.param_groups]
         if any(values):
             options[key] = values[0] if all(value == values[0] for value in values) else values
@@ -514,8 +398,9 @@ def wrap(model, settings, dtype, ranks):
     net = DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                                   gradient_as_bucket_view=True)           # or gradients are there twice
     # After its first backward pass DDP lays out its buckets anew, in the order in which gradients came, and from then
-    # on sums over ranks in another order. We therefore run one discarded backward pass first, in every run and after
-    # every resume, and another, which leaves its gradients, zeros, in the new buckets.
+    # on sums over ranks in another order. A run that goes on must sum as one that was never stopped. We therefore run
+    # one discarded backward pass first, in every run, and another, which leaves its gradients, zeros, in the new
+    # buckets.
     empty = collate([], bucket(0, settings.micro_tokens) if settings.compile else 1).to(ranks.device)
     for _ in range(2):
         net.zero_grad(set_to_none=True)
@@ -533,7 +418,9 @@ class Due(NamedTuple):
 def what_is_due(step, total, settings, validation):
     """What follows the step of this number: 0 before the first, total after the last."""
     def is_due(every):
-        return step == total or every > 0 and step > 0 and step % every == 0
+        if step == total:
+            return True
+        return every > 0 and step > 0 and step % every == 0
 
     validates = bool(validation) and (step == 0 or is_due(settings.eval_every))
     saves = is_due(settings.save_every)
@@ -575,19 +462,20 @@ def forward_backward(net, batch, objective, settings, ranks, dtype):
     denominator = bft.global_denominator(objective, [int(sample.response.sum()) for sample in batch])
     plan = deal([len(sample.ids) for sample in batch], ranks.world, settings.micro_tokens)
     my_micro_batches = plan[ranks.rank]
+    stance = "default" if settings.compile else "force_eager"
     loss, statistics = torch.zeros((), dtype=torch.float64, device=ranks.device), []
     for number, micro_batch in enumerate(my_micro_batches):
         samples = [batch[i] for i in micro_batch]
         size = bucket(sum(len(sample.ids) for sample in samples), settings.micro_tokens) if settings.compile else 1
         packed = collate(samples, size).to(ranks.device)
         is_last = number == len(my_micro_batches) - 1
-        with exchange(net, is_last), torch.compiler.set_stance("default" if settings.compile else "force_eager"):
+        with gradient_exchange(net, is_last), torch.compiler.set_stance(stance):
             with autocast(ranks.device, dtype):
                 logp, extra = log_probs(net, packed, objective)           # (N,), {name: (N,)}
             weights = bft.weigh(logp, packed.offsets, objective, settings.group_size, extra)
-            part = bft.objective_loss(logp, packed.offsets, objective, settings.group_size, denominator,
-                                      weights=weights)
-            # DDP and FSDP take the mean over ranks of gradients that are to be added.
+            # All parts share the denominator: over micro-batches and ranks they add up to the loss of the global batch.
+            part = bft.weighted_loss(logp, weights, denominator)
+            # DDP and FSDP take the mean of gradients over ranks; we need their sum.
             (part * ranks.world).backward()
         loss += part.detach()
         statistics.append(sample_statistics(logp, weights, settings.group_size))
@@ -598,7 +486,11 @@ def log_probs(net, packed, objective):
     """(log p_t (N,), {name: (N,)} of what the objective may need besides) of a micro-batch."""
     arguments = packed.input_ids, packed.lengths, packed.at, packed.targets
     looks = bft.distribution_needs(objective)
-    logp, extra = net(*arguments, looks=looks) if looks else (net(*arguments), {})
+    extra = {}
+    if looks:
+        logp, extra = net(*arguments, looks=looks)
+    else:
+        logp = net(*arguments)
     return logp, {**extra, "ref_logp": packed.ref_logp}
 
 
@@ -606,13 +498,13 @@ def sample_statistics(logp, weights, group_size):
     """For the log, each sample's sums of l_t, p_t and w_t, its s_b and its C_b: (S, 5) float64."""
     logp = logp.detach().double()
     values = torch.stack((-logp, logp.exp(), weights.token), 1)           # (N, 3)
-    sums = values.new_zeros(len(weights.sample), 3).index_add(0, weights.number, values)   # (S, 3)
+    sums = values.new_zeros(len(weights.sample), 3).index_add(0, weights.sample_index, values)   # (S, 3)
     C = bft.group_confidence(logp, weights.offsets, group_size)           # (S,)
     return torch.cat((sums, weights.sample[:, None], C[:, None]), 1)
 
 
 def clip_gradient(trained, largest):
-    """Scales the gradient down to this norm, if it is not 0; returns the norm before, 0-d, on the device."""
+    """Scales the gradient down to the norm `largest` (0: leaves it); returns its norm before, 0-d, on the device."""
     return gather_whole(torch.nn.utils.clip_grad_norm_(trained.values(), largest or math.inf))
 
 
@@ -642,16 +534,17 @@ def check_numbers(model, trained, optimizer, step, ranks):
     raise SystemExit(1)
 
 
-def save_result(out, model, start, record, extra_files, ranks):
-    """The trained model as a Hugging Face directory, with the files that go with it, and before it what was trained of
-    adapters. Raises UserError."""
+def save_result(out, model, model_directory, record, extra_files, ranks):
+    """Saves the trained model as a Hugging Face directory, with the files that go with it. Of adapters first those by
+    themselves: the model has them merged. Raises UserError."""
     directory = out / "model"
     is_first = ranks.rank == 0
     # Adapters go into the weights as they were, not as they were rounded for training.
     base = None
     if record["settings"]["lora_rank"]:
-        base = start
-        hf.save_adapter(model, out / "adapter", name_of_base(record["settings"]["init"], start), writes=is_first)
+        base = model_directory
+        name = name_of_base(record["settings"]["init"], model_directory)
+        hf.save_adapter(model, out / "adapter", name, writes=is_first)
     if is_first:
         directory.mkdir(exist_ok=True)
         for name, content in extra_files.items():
@@ -670,11 +563,11 @@ def save_result(out, model, start, record, extra_files, ranks):
     ranks.barrier()
 
 
-def check_weights_on_record(start, record, ranks):
+def check_weights_on_record(model_directory, record, ranks):
     """Raises UserError, on every rank, if the starting model's files, which were read again, are not those on record.
     """
-    if start and "init" in record["sha256"]:
-        check_unchanged(record, "init", [start / "config.json", *hf.weight_files(start)], ranks)
+    if model_directory and "init" in record["sha256"]:
+        check_unchanged(record, "init", [model_directory / "config.json", *hf.weight_files(model_directory)], ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -783,7 +676,7 @@ class StepLog:
 def has_groups(objective):
     """Whether an objective's weights depend on --group-size: those of two tokens, in groups of one and of two."""
     logp, offsets = torch.tensor([0.9, 0.5]).log(), torch.tensor([0, 2])
-    extra = {name: torch.full((2,), 0.5) for name in bft.OBJECTIVES[objective].needs}
+    extra = {name: torch.full((2,), -0.5 if name == "ref_logp" else 0.5) for name in bft.OBJECTIVES[objective].needs}
     one, two = (bft.token_weights(logp, offsets, objective, group_size, extra) for group_size in (1, 2))
     return not torch.equal(one, two)
 
@@ -801,7 +694,9 @@ def gather(outcome, size, ranks):
 
 
 def metrics_line(step, loss, statistics, settings):
-    """A step's line of metrics.jsonl, but for its speed."""
+    """A step's line of metrics.jsonl, but for its speed: confidence is the mean p_t, token_weight the mean w_t (without
+    s_b), sample_weight the mean s_b, min_group_confidence the mean C_b, multi_window the share of samples with n_b > g.
+    """
     n = np.array([sample.response.sum() for sample in step.batch])        # (B,) n_b
     nll, p, w, sample_weight, C = statistics.T                            # (B,) each
     grad_norm = step.grad_norm.item()
@@ -834,11 +729,11 @@ def flops(model, samples):
 # Memory
 
 def training_bytes(config, settings, dtype, sharing=1):
-    """(held, gathered): the bytes that a rank holds of weights, gradients and optimizer state, 16 a trained parameter
-    (float32: weight, gradient, two moments), those of dtype a frozen one; and what comes on top where `sharing` ranks
-    have one copy of the model among them. Whole for a pass is what is outside of the blocks, with its gradient; and in
-    the backward pass a block with its gradient, the next one, and what the sum of the last one's gradients is made
-    from. Activations come on top of both.
+    """(held, gathered), in bytes. held: a rank's weights, gradients and optimizer state, 16 a trained parameter
+    (float32: weight, gradient, two moments), those of dtype a frozen one. gathered: what comes on top where `sharing`
+    ranks have one copy of the model among them, which FSDP holds whole at its peak, in the backward pass: what is
+    outside of the blocks, with its gradient; one block with its gradient, the next block, and the gradients of the
+    last one, which are being summed. Activations come on top of both.
     """
     held, outside, blocks = 0, 0, Counter()
     wire = 4 if settings.lora_rank else dtype.itemsize                    # bytes of a trained number of a block
@@ -848,7 +743,8 @@ def training_bytes(config, settings, dtype, sharing=1):
             blocks[name.split(".")[1]] += p.numel() * (3 * wire + 4 if p.requires_grad else 2 * p.itemsize)
         else:
             outside += p.numel() * (8 if p.requires_grad else p.itemsize)
-    return held, outside + max(blocks.values()) if sharing > 1 else 0
+    gathered = outside + max(blocks.values()) if sharing > 1 else 0
+    return held, gathered
 
 
 def check_memory(config, settings, ranks):
@@ -872,7 +768,7 @@ def check_memory(config, settings, ranks):
     for way in ways:
         takes_any_rank = settings.init != "scratch" and not settings.adapter
         if needed(way) <= room and (takes_any_rank or "lora_rank" not in way):
-            flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in way.items())
+            flags = " ".join(f"{flag_name(name)} {value}" for name, value in way.items())
             advice = f"this needs {needed(way) / 1e9:.0f} GB: {ranks.command()} {flags}"
             break
     raise UserError(f"weights, gradients and optimizer state need {needed({}) / 1e9:.0f} GB, {ranks.device} has "

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data import Samples, load_samples, read_jsonl
+from data import Samples, load_samples
 from experiment import continuum
 from experiment.findings import analyse
 from experiment.gradient import gradient_items
@@ -38,6 +38,7 @@ from runtime.device import compute_dtype
 from runtime.files import write_whole
 from runtime.one_writer import only_writer
 from runtime.process import UserError
+from runtime.rows import read_jsonl
 from runtime.run_directory import ROUNDING, WITHOUT_EFFECT, check_out
 from runtime.workers import map_in_workers
 from tasks.choice import choice_items, load_choice

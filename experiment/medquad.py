@@ -27,12 +27,13 @@ import numpy as np
 import torch
 
 import hf
-from data import load_samples, read_rows
+from data import load_samples
 from experiment.medquad_findings import LEARNING_RATES, RESULTS, analyse, draw, render
 from experiment.report import read_kept, show
 from runtime.device import compute_dtype, find_device
 from runtime.files import file_sha256, write_whole
 from runtime.process import Parser, Stop, UserError, run
+from runtime.rows import read_rows
 from tasks.process import load_rouge
 from tasks.scoring import score
 from tasks.writing import write_texts

@@ -22,9 +22,9 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # our modules are in the root
-from data import read_jsonl  # noqa: E402
 from runtime.files import write_whole  # noqa: E402
 from runtime.process import Parser, UserError, run  # noqa: E402
+from runtime.rows import read_jsonl  # noqa: E402
 
 
 DECISIONS = ["yes", "no", "maybe"]

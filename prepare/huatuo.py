@@ -15,9 +15,9 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))              # our modules are in the root
-from data import read_rows  # noqa: E402
 from runtime.files import write_whole  # noqa: E402
 from runtime.process import Parser, UserError, run  # noqa: E402
+from runtime.rows import read_rows  # noqa: E402
 
 
 SPEAKERS = (("user", "问"), ("assistant", "答"))

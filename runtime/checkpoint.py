@@ -45,7 +45,7 @@ def checkpoints(out):
 
 def save_checkpoint(out, step, trained, optimizer, keep, ranks, run_id):
     """Whole or not at all, then the ones before the last `keep` go. trained: {name: parameter}. run_id: of the run in
-    `out`, as `runtime.run_directory.begin` gave it. Raises UserError if it is another run's now.
+    `out`, as `runtime.run_directory.begin_run` gave it. Raises UserError if it is another run's now.
 
     Every rank calls this, and writes what it holds. Raises OSError, naming the file, on the first of those that could
     not; the others wait for it to end the run.

@@ -231,7 +231,7 @@ def is_finished(out, total, resume, ranks):
     return bool(ranks.largest(finished))
 
 
-def begin(out, record, start, resume, ranks):
+def begin_run(out, record, start, resume, ranks):
     """Rank 0 makes `out` ready for a run that goes on after step `start`. Returns (the run's id, whether that step has
     been validated already), the same on every rank.
 

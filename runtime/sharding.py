@@ -81,7 +81,7 @@ def of_rank_0(t):
 
 
 @contextlib.contextmanager
-def exchange(net, is_last):
+def gradient_exchange(net, is_last):
     """Within it one micro-batch is computed, the last of a step or not.
 
     DDP adds gradients over ranks in the last one. A sharded model adds those of a rank's rows in each, since a rank

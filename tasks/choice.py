@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 import hf
-from data import read_rows
 from runtime.process import UserError
+from runtime.rows import read_rows
 from tasks import Answers, items_of
 from tasks.items import group_of, is_text, warn_of_template
 from tasks.scoring import Request, loglikelihood

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from data import add_template_flags, load_samples, parse_templates, read_rows
+from data import load_samples
+from hf.conversation import add_template_flags, parse_templates
 from runtime.process import UserError
+from runtime.rows import read_rows
 
 
 def is_text(value):

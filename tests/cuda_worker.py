@@ -39,7 +39,7 @@ SAMPLES = ((40, 20), (7, 3), (61, 33), (25, 24), (12, 1), (50, 8))        # toke
 MICRO_TOKENS = 130
 # What is counted apart. Phases within others are counted there alone.
 PHASES = [(train, "prepare_model"), (train, "resume_from_checkpoint"), (train, "with_reference"), (train, "forward_backward"), (bft, "weigh"),
-          (bft, "objective_loss"), (train, "sample_statistics"), (train, "clip_gradient"), (train.StepLog, "write"), (train, "validate"),
+          (bft, "weighted_loss"), (train, "sample_statistics"), (train, "clip_gradient"), (train.StepLog, "write"), (train, "validate"),
           (train, "check_numbers"), (train, "save_checkpoint"), (train, "save_result")]
 
 
@@ -184,14 +184,14 @@ def tensor_left_on_the_cpu():
 
 
 def item_in_the_step():
-    objective_loss = bft.objective_loss
+    weighted_loss = bft.weighted_loss
 
     def look_at_loss(*args, **options):
-        loss = objective_loss(*args, **options)
+        loss = weighted_loss(*args, **options)
         assert loss.item() >= 0
         return loss
 
-    return patch.object(bft, "objective_loss", look_at_loss)
+    return patch.object(bft, "weighted_loss", look_at_loss)
 
 
 def int64_offsets():

@@ -98,7 +98,7 @@ def test_readme_shows_this_table_and_docs_these_functions():
     assert all(bft.OBJECTIVES[n].average == TABLE[n][2] for n in rows)
     named = re.findall(r"^\| .* \| ((?:`\w+`(?:, )?)+).* \|$", method.split("| equation |")[1].split("\n\n")[0], re.M)
     functions = re.findall(r"`(\w+)`", " ".join(named))
-    assert len(functions) == 5 and all(hasattr(bft, f) for f in functions)
+    assert len(functions) == 6 and all(hasattr(bft, f) for f in functions)
 
 
 def test_confidences_by_hand():

@@ -340,7 +340,7 @@ def test_the_command_shows_samples_and_lengths(tmp_path):
     command = [ROOT / "data.py", path, "--tokenizer", ASSETS, "-n", "1"]
     good = forked(1, *command, path=())
     assert good.returncode == 0 and "chat format plain" in good.stdout and "What?\n[[That.<|endoftext|>]]" in good.stdout
-    assert "2 samples; 0 cut" in good.stdout and "response tokens" in good.stdout
+    assert "2 samples; 0 cut, 0 dropped" in good.stdout and "response tokens" in good.stdout
     path.write_text("oops\n")
     bad = forked(1, *command, path=())
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and f"{path}:1: not JSON" in bad.stderr

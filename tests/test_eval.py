@@ -357,7 +357,7 @@ def mistakes(tmp_path_factory, tokenizer):
     (["--tasks", "nll", "--encoder", "x"], "--encoder is of process and profile alone"),
     (["--tasks", "nll", "--prompt-template", "{prompt}"], "go together"), (["--tasks", "inspect", "--response-template", "{x}"], "go together"),
     (["--tasks", "nll", "--prompt-template", "{prompt}", "--response-template", "{reply}"], "finetune.jsonl:1: no key 'reply'"),
-    (["--tasks", "choice", "--prompt-template", "{prompt}"], "--prompt_template is of nll and inspect alone"),
+    (["--tasks", "choice", "--prompt-template", "{prompt}"], "--prompt-template is of nll and inspect alone"),
     (["--tasks", "nll", "--chat"], "--chat is of choice alone"), (["--tasks", "choice", "--lines", "2"], "--lines is of inspect alone"),
     (["--tasks", "process"], "finetune.jsonl:1: 'genes' is missing; expected a list of texts"),
     (["--tasks", "process", "--data", "sets.jsonl", "--template", "{gene}"], "cannot be filled from sets.jsonl:1 (KeyError('gene'))"),

@@ -10,8 +10,9 @@ import sys
 import pytest
 from support import ASSETS, ROOT
 
-import data
+from hf.conversation import as_conversation
 from runtime.process import UserError
+from runtime.rows import read_jsonl
 
 
 sys.path.insert(0, str(ROOT / "prepare"))
@@ -101,10 +102,10 @@ def test_every_set_of_the_page_is_tried():
 def test_without_its_flags_a_set_is_refused_by_its_keys():
     for name in ("medical-o1-reasoning-SFT", "Medical-R1-Distill-Data", "MedReason", "HuatuoGPT-sft", "PubMedQA"):
         with pytest.raises(UserError) as error:
-            data.as_conversation(SETS[name][0], "FILE:1")
+            as_conversation(SETS[name][0], "FILE:1")
         assert repr(next(iter(SETS[name][0]))) in str(error.value) and "--prompt-template" in str(error.value)
     with pytest.raises(UserError, match=r"'text' holds <\|im_start\|>"):
-        data.as_conversation(SETS["m23k"][0], "FILE:1")
+        as_conversation(SETS["m23k"][0], "FILE:1")
 
 
 def test_huatuo_leaves_out_what_is_no_conversation_and_says_so(tmp_path, monkeypatch, capsys):
@@ -115,7 +116,7 @@ def test_huatuo_leaves_out_what_is_no_conversation_and_says_so(tmp_path, monkeyp
     huatuo.main()
     assert "2 conversations; left out: 2 last questions without an answer, 4 conversations that are not" in capsys.readouterr().out
     expected = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert [row for _, row in data.read_jsonl(tmp_path / "out.jsonl")] == [{"messages": expected}] * 2
+    assert [row for _, row in read_jsonl(tmp_path / "out.jsonl")] == [{"messages": expected}] * 2
     for content, words in (('{"text": "a"}\n', ":1: no list of texts under 'data'"), ('{"data": ["x", "y"]}\n', "no conversation")):
         path.write_text(content)
         with pytest.raises(UserError, match=words):

@@ -26,12 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bft
 import hf
 import train
-from data import deal, load_samples, read_jsonl
+from data import deal, load_samples
+from hf.start import scratch_config
 from model import GPT
 from runtime.checkpoint import checkpoints
 from runtime.files import load_safetensors, save_safetensors
 from runtime.process import UserError
 from runtime.ranks import Ranks
+from runtime.rows import read_jsonl
 from variants import load_variants
 
 
@@ -71,7 +73,7 @@ def test_the_mean_over_ranks_is_the_gradient_of_one(world, micro_tokens, objecti
     """The ranks one after the other, without DDP, whose mean of their gradients is taken here."""
     split_worker.add_rows()
     exchanges = []
-    monkeypatch.setattr(train, "exchange", lambda net, is_last: exchanges.append(is_last) or contextlib.nullcontext())
+    monkeypatch.setattr(train, "gradient_exchange", lambda net, is_last: exchanges.append(is_last) or contextlib.nullcontext())
     loss, gradient, _ = one_sample_at_a_time(objective, False)
     gradients, losses = [], []
     for rank in range(world):
@@ -469,8 +471,8 @@ def test_a_number_that_is_none_names_the_files_of_its_samples(tmp_path, monkeypa
     a, b = tmp_path / "a.jsonl", tmp_path / "b.json"
     a.write_text(lines[0])
     b.write_text("[" + ",".join(lines[1:3]) + "]")
-    original = bft.objective_loss
-    monkeypatch.setattr(bft, "objective_loss", lambda *args, **options: original(*args, **options) * math.nan)
+    original = bft.weighted_loss
+    monkeypatch.setattr(bft, "weighted_loss", lambda *args, **options: original(*args, **options) * math.nan)
     assert call(monkeypatch, *SMALL, "--data", a, b, "--steps", 1, "--out", tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert "error: step 1: loss nan" in error and all(place in error for place in (f"{a}:1", f"{b}: row 1", f"{b}: row 2"))
@@ -486,7 +488,7 @@ def test_a_step_and_its_log_equal_a_calculation_by_loops(clip, tmp_path, monkeyp
     samples, _ = load_samples(data_file, tokenizer)
     s, _ = train.parse_settings([*SMALL])
     torch.manual_seed(0)
-    model = GPT(train.scratch_config(s, tokenizer))
+    model = GPT(scratch_config(s, tokenizer))
     tensors = []
     for x in samples:
         ids, at = torch.from_numpy(x.ids), torch.from_numpy(x.response).nonzero()[:, 0] - 1
@@ -585,6 +587,17 @@ def test_when_steps_are_looked_at_changes_nothing(tmp_path, monkeypatch, data_fi
     assert rates[1] == rates[2] != rates[3] == rates[5] != rates[6]       # of the steps between two lines together
 
 
+def test_the_speed_of_steps_is_theirs_alone(tmp_path, monkeypatch, data_file):
+    """Validation takes an hour, by a clock that we move."""
+    hours, clock, score = [], train.time.perf_counter, train.score
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock() + 3600 * len(hours))
+    monkeypatch.setattr(train, "score", lambda *args: hours.append(1) or score(*args))
+    assert call(monkeypatch, *SMALL, "--data", data_file, "--val-data", data_file, "--steps", 4, "--batch-size", 4, "--eval-every", 2,
+                "--out", tmp_path / "run") == 0
+    lines = [line for line in metrics(tmp_path / "run", timings=True) if "loss" in line]
+    assert len(hours) == 3 and len(lines) == 4 and all(line["tokens_per_s"] > line["tokens"] / 600 for line in lines)
+
+
 def test_a_number_that_is_none_is_found_at_its_step_though_looked_at_later(tmp_path, monkeypatch, data_file, capsys):
     calls = []
 
@@ -670,7 +683,7 @@ def test_an_objective_with_its_log_is_few_kernels(objective, most, monkeypatch):
     logp, offsets = (-torch.rand(60)).requires_grad_(), torch.tensor([0, 20, 20, 27, 60])
     with Kernels() as kernels:
         weights = bft.weigh(logp, offsets, objective, 5)
-        bft.objective_loss(logp, offsets, objective, 5, 4, weights=weights).backward()
+        bft.weighted_loss(logp, weights, 4).backward()
         train.sample_statistics(logp, weights, 5)
     assert 0 < kernels.count <= most
 
@@ -680,7 +693,7 @@ def test_the_log_shows_the_weights_that_the_loss_had(draw, monkeypatch):
     monkeypatch.setitem(bft.OBJECTIVES, "drawn", bft.Objective(lambda tokens: draw(tokens.logp), bft.every_sample_1, "tokens"))
     logp, offsets = torch.full((6,), -1.0, requires_grad=True), torch.tensor([0, 4, 6])
     weights = bft.weigh(logp, offsets, "drawn", 5)
-    bft.objective_loss(logp, offsets, "drawn", 5, 1, weights=weights).backward()
+    bft.weighted_loss(logp, weights, 1).backward()
     logged = train.sample_statistics(logp, weights, 5)[:, 2]
     torch.testing.assert_close(torch.stack([-logp.grad[:4].sum(), -logp.grad[4:].sum()]).double(), logged)
 

@@ -16,11 +16,11 @@ from forked import forked
 from support import ASSETS, ROOT, call, metrics
 
 import train
-from data import read_jsonl
 from experiment import continuum, job
 from experiment.planting import plant
 from runtime.process import UserError
 from runtime.ranks import Ranks
+from runtime.rows import read_jsonl
 from tasks.choice import load_choice
 
 

@@ -2,8 +2,8 @@
 
 from support import ASSETS
 
-from data import read_jsonl
 from experiment.planting import plant
+from runtime.rows import read_jsonl
 from tasks.choice import load_choice
 
 

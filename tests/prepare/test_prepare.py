@@ -11,7 +11,9 @@ import pytest
 
 import data
 import hf
+from hf.conversation import as_conversation
 from runtime.process import UserError
+from runtime.rows import read_jsonl
 from tasks.choice import load_choice
 from tasks.items import load_items
 
@@ -31,7 +33,7 @@ def call(main, monkeypatch, *args):
 
 
 def rows(path):
-    return [row for _, row in data.read_jsonl(path)]
+    return [row for _, row in read_jsonl(path)]
 
 
 def test_medquad_rows(tmp_path, monkeypatch, capsys):
@@ -47,7 +49,7 @@ def test_medquad_rows(tmp_path, monkeypatch, capsys):
     assert {r["response"] for r in train + val if r["prompt"] == "What are the treatments for Loud knee ?"} == {"Soap.", "Silence."}
     assert "left out: 2 pairs without an answer, 1 duplicates\n" in capsys.readouterr().out
     for r in train + val:
-        assert data.as_conversation(r, "here") == [hf.Turn("user", r["prompt"]), hf.Turn("assistant", r["response"])]
+        assert as_conversation(r, "here") == [hf.Turn("user", r["prompt"]), hf.Turn("assistant", r["response"])]
     samples, counts = data.load_samples(tmp_path / "new" / "dir" / "medquad_train.jsonl", hf.load_tokenizer(ROOT / "assets"))
     assert counts.pop("unread").startswith("'focus' (")
     assert counts == {"samples": len(train), "cut": 0, "dropped": 0, "warnings": []}

@@ -14,6 +14,7 @@ import bft
 import hf
 import train
 from data import load_samples
+from hf.start import scratch_config
 from model import GPT
 from runtime.checkpoint import checkpoints
 from runtime.files import load_safetensors, save_safetensors
@@ -78,7 +79,7 @@ def test_it_is_log_p_under_the_starting_weights(start, folder, tmp_path, monkeyp
     if start == "random weights":
         tokenizer = hf.load_tokenizer(ASSETS)
         torch.manual_seed(0)
-        model = GPT(train.scratch_config(train.parse_settings(SMALL)[0], tokenizer))
+        model = GPT(scratch_config(train.parse_settings(SMALL)[0], tokenizer))
     else:
         model = hf.load_model(folder / "base")
     expected, kept = log_probs(model, folder), load_safetensors(tmp_path / "run" / FILE)["ref_logp"]

@@ -10,6 +10,7 @@ from support import ASSETS
 
 import data
 import hf
+import runtime.rows
 from runtime.process import UserError
 
 
@@ -77,7 +78,7 @@ def test_what_is_wrong_in_an_array_is_named_with_its_row(content, words, tmp_pat
 
 
 def test_an_array_without_end_is_refused(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "ARRAY_BYTES", 2 ** 20)
+    monkeypatch.setattr(runtime.rows, "ARRAY_BYTES", 2 ** 20)
     with gzip.open(tmp_path / "a.json.gz", "wb", 1) as f:
         f.write(b"[")
         for _ in range(200):
@@ -172,7 +173,7 @@ def test_without_pyarrow_the_command_that_installs_it_is_named(tmp_path, tokeniz
 def test_parquet_is_read_in_batches(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [{"text": "x" * 10_000 + str(i)} for i in range(10_000)], row_group_size=1000)
     tracemalloc.start()
-    assert sum(1 for _ in data.read_rows(path)) == 10_000
+    assert sum(1 for _ in runtime.rows.read_rows(path)) == 10_000
     assert tracemalloc.get_traced_memory()[1] < 40_000_000                # of 100 MB
     tracemalloc.stop()
 
@@ -231,7 +232,7 @@ def test_files_follow_one_another_and_errors_name_the_right_one(tmp_path, tokeni
     with pytest.raises(UserError) as error:
         data.load_samples([a, b, c], tokenizer)
     assert str(error.value).startswith(f"{c}:1: ")
-    with pytest.raises(UserError, match=f"{a}, {b}: no sample has a response token left within 1 tokens"):
+    with pytest.raises(UserError, match=f"{a}, {b}: no sample has a response token within 1 tokens"):
         data.load_samples([a, b], tokenizer, max_length=1)
     with pytest.raises(UserError, match="no such file"):
         data.load_samples([a, tmp_path / "missing.jsonl"], tokenizer)

@@ -1,4 +1,4 @@
-"""Rows to conversations: every shape, nothing lost without a word, and templates for other keys."""
+"""Rows to conversations: every shape, nothing lost silently, and templates for other keys."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ from support import ASSETS
 import data
 import hf
 from hf import Turn
+from hf.conversation import as_conversation, parse_templates
 from runtime.process import UserError, run
 
 
@@ -18,7 +19,7 @@ def tokenizer():
 
 
 def read(row, templates=None):
-    return data.as_conversation(row, "FILE:1", templates)
+    return as_conversation(row, "FILE:1", templates)
 
 
 def refusal(row, templates=None):
@@ -263,7 +264,7 @@ def test_a_conversation_of_which_nothing_is_trained_is_dropped_and_counted(token
 def test_a_text_that_is_written_in_a_chat_format_is_refused(text, mark):
     words = refusal({"text": text})
     assert f"'text' holds {mark}, the mark of a turn" in words and '{"messages"}' in words
-    assert f"the response holds {mark}" in refusal({"a": text}, data.parse_templates("x", "{a}"))
+    assert f"the response holds {mark}" in refusal({"a": text}, parse_templates("x", "{a}"))
     row = {"conversations": SHAREGPT, "text": text}
     assert "'text' holds" in refusal(row)
 
@@ -281,7 +282,7 @@ def test_a_text_that_mixes_question_and_answer_is_not_trained_without_a_word(tex
     warning = counts["warnings"][0]
     assert warning.startswith("texts that look like a question with its answer: 2, the first at FILE:2; both are trained") and '{"prompt", "response"}' in warning
     rows = [(1, {"a": text})]
-    assert data.load_samples("FILE", tokenizer, rows=rows, templates=data.parse_templates("Go on.", "{a}"))[1]["warnings"]
+    assert data.load_samples("FILE", tokenizer, rows=rows, templates=parse_templates("Go on.", "{a}"))[1]["warnings"]
 
 
 @pytest.mark.parametrize("text", ["Gout: a disease. Uric acid: its cause.", "The users: all of us. The answers: none.", "Answer: yes. Question: why?",
@@ -299,7 +300,7 @@ def test_a_question_and_answer_in_their_own_keys_are_no_mixture(tokenizer):
 # Templates
 
 def fill(row, prompt, response):
-    user, assistant = read(row, data.parse_templates(prompt, response))
+    user, assistant = read(row, parse_templates(prompt, response))
     assert (user.role, assistant.role) == ("user", "assistant") and assistant.is_trained
     return user.content, assistant.content
 
@@ -340,12 +341,12 @@ def test_templates_are_filled_from_the_row(row, prompt, response, expected):
     ({"question": Q, "answer": ""}, "'response' is empty"),
 ])
 def test_what_a_template_does_not_find_is_named(row, words):
-    assert words in refusal(row, data.parse_templates("{question}", "{answer}"))
+    assert words in refusal(row, parse_templates("{question}", "{answer}"))
 
 
 def test_a_key_is_a_key_and_nothing_is_called():
     for name in ("a.__class__", "a.upper", "a[0]", "a!r", "a:>100000000", "a.0", "0.__init__.__globals__"):
-        assert f"no key {name!r}" in refusal({"a": "x", "0": ["y"]}, data.parse_templates("p", f"{{{name}}}"))
+        assert f"no key {name!r}" in refusal({"a": "x", "0": ["y"]}, parse_templates("p", f"{{{name}}}"))
     assert fill({"a": {"__class__": "x"}}, "p", "{a.__class__}") == ("p", "x")
 
 
@@ -357,9 +358,9 @@ def test_a_key_is_a_key_and_nothing_is_called():
 ])
 def test_templates_that_cannot_be_meant_are_refused(prompt, response, words):
     with pytest.raises(UserError) as error:
-        data.parse_templates(prompt, response)
+        parse_templates(prompt, response)
     assert words in str(error.value)
-    assert data.parse_templates("", "") is data.parse_templates(None, None) is None
+    assert parse_templates("", "") is parse_templates(None, None) is None
 
 
 def test_the_command_shows_what_templates_make_and_warns(tmp_path, monkeypatch, capsys):
@@ -397,7 +398,7 @@ def test_other_spellings_of_what_changes_a_row(row, words):
 
 
 def test_a_turn_whose_loss_is_off_is_context():
-    turns = data.as_conversation({"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A, "loss": False},
+    turns = as_conversation({"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A, "loss": False},
                                                {"role": "user", "content": Q}, {"role": "assistant", "content": A, "loss": True}]}, "FILE:1")
     assert [turn.is_trained for turn in turns if turn.role == "assistant"] == [False, True]
 
