@@ -73,7 +73,7 @@ class Settings:
     lr: float = flag(1e-5, "peak learning rate", above=0)
     min_lr: float = flag(0.0, "what the cosine of the learning rate falls towards", at_least=0)
     warmup: float = flag(0.05, "fraction of the steps in which the learning rate rises", at_least=0, at_most=1)
-    weight_decay: float = flag(0.0, "AdamW's, on matrices only", at_least=0)
+    weight_decay: float = flag(0.0, "AdamW's, on matrices only (embeddings and adapters among them)", at_least=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     seed: int = flag(0, "of random weights and of the order of samples", at_least=0, below=2 ** 32)
     dtype: str = flag("auto", "autocast; auto: bfloat16 where the device has it natively",
@@ -323,7 +323,7 @@ def train(settings, objective, out, record, config, model_directory, samples, va
             log.add(Step(done, epoch, lr, batch, grad_norm, outcome))
             received = ranks.largest(stop.signal)                         # by any rank: all stop at the same step
             due = what_is_due(done, total, settings, validation)
-            if due.look or done == first_step + 1 or received:
+            if due.log or done == first_step + 1 or received:
                 log.write()                                               # ends the run if a number is not finite
                 if due.validate or due.save or received:
                     check_numbers(model, trained, optimizer, done, ranks)   # likewise
@@ -374,6 +374,7 @@ def make_optimizer(trained, settings):
     matrices = [p for p in trained.values() if p.dim() >= 2]
     others = [p for p in trained.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    # These betas are GPT-3's and nanoGPT's. The Trainer of transformers has 0.9 and 0.999.
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -410,7 +411,7 @@ def wrap(model, settings, dtype, ranks):
 
 
 class Due(NamedTuple):
-    look: bool
+    log: bool
     validate: bool
     save: bool
 
