@@ -150,7 +150,7 @@ def resample(measure, model):
 
 
 def interval_over_rows(of_draws):
-    """(low, high), 95%; without bounds where some of the draws say nothing."""
+    """(low, high), 95%; without bounds where more than one draw in twenty has no value."""
     if np.isnan(of_draws).mean() > 0.05:
         return -math.inf, math.inf
     return interval(of_draws)

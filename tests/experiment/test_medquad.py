@@ -159,6 +159,11 @@ def test_a_verdict_counts_seeds_and_rows():
     assert medquad_findings.interval_over_rows([0.1] * 18 + [math.nan] * 2) == (-math.inf, math.inf)
 
 
+def test_an_interval_without_a_value_gives_no_verdict():
+    estimate = medquad_findings.Estimate(0.1, math.nan, math.nan)
+    assert {medquad_findings.judge_gap(estimate, 10, less).verdict for less in (True, False)} == {"cannot tell"}
+
+
 def test_the_plan_says_which_rates_are_added_and_which_judge():
     late = {"nll": (-0.1, -0.2, -0.3), "rouge": SFT["rouge"]}
     analysis = medquad_findings.analyse(made_up({"sft": SFT, "dft": SFT, "bft": late}))
