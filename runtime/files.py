@@ -46,9 +46,11 @@ def sync_directory(directory):
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(directory, os.O_RDONLY)
-    with naming(directory):
-        os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        with naming(directory):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path, chunks):

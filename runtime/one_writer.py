@@ -103,15 +103,19 @@ def is_at(path, file):
 
 
 def run_id_of(file):
-    """The id of the run whose config.json, or state.json of a checkpoint, this is; "" if it cannot be read."""
+    """The id of the run whose config.json, or state.json of a checkpoint, this is; "" if it is missing or damaged.
+    Raises OSError where it cannot be read: then it may well be ours."""
     try:
         return str(json.loads(file.read_bytes())["run_id"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
 def check_still_ours(out, run_id, ranks):
     """Raises UserError, on every rank, if another run than ours has begun in `out`."""
-    found, *_ = ranks.texts(run_id_of(out / "config.json"))
+    found = ""
+    if ranks.rank == 0:
+        found = run_id_of(out / "config.json")
+    found, *_ = ranks.texts(found)
     if found != run_id:
         raise UserError(f"--out {out}: another run has begun there since; this one stops, and has written nothing more")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import kill
 import pytest
@@ -19,7 +20,7 @@ import train
 from runtime import one_writer
 from runtime.checkpoint import checkpoints
 from runtime.files import load_safetensors, save_safetensors
-from runtime.one_writer import only_writer
+from runtime.one_writer import check_still_ours, only_writer
 from runtime.process import UserError
 from runtime.ranks import Ranks
 
@@ -198,6 +199,19 @@ def test_a_run_that_was_begun_anew_elsewhere_stops(tmp_path, monkeypatch, capsys
         patches.setattr(train, "save_checkpoint", after_the_last)
         assert call(patches, *argv) == 2
     assert "another run has begun there since" in capsys.readouterr().err and not (tmp_path / "run" / "model").exists()
+
+
+def test_a_record_that_cannot_be_read_is_not_another_runs(tmp_path, monkeypatch):
+    """A stale handle of a shared disk, say: the error names the file."""
+    record = tmp_path / "config.json"
+    record.write_text('{"run_id": "ours"}')
+    check_still_ours(tmp_path, "ours", Ranks("cpu"))
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(OSError, match="Stale file handle.*config.json"):
+        check_still_ours(tmp_path, "ours", Ranks("cpu"))
 
 
 def test_a_checkpoint_of_another_run_is_not_taken(tmp_path, monkeypatch, capsys):
