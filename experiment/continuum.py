@@ -14,7 +14,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiment.findings import Estimate, estimate_over_seeds, frontier_gap, judge_between, judge_gap, score_curves
+from experiment.findings import (
+    Estimate,
+    compared_range,
+    estimate_over_seeds,
+    frontier_gap,
+    judge_between,
+    judge_gap,
+    score_curves,
+)
 from experiment.pictures import LOOKS, import_pyplot
 from experiment.report import VERDICTS, columns, read_kept, show, with_interval
 from runtime.files import replacing
@@ -122,9 +130,10 @@ KINDS = ("right", "followed", "best")
 
 
 def analyse(condensed):
-    """{"objectives", "seeds", "rates": 0 (for the base) and the learning rates, "levels": (from, to) accuracy on what
-    was never told, "strengths": [Strength], "gains": {objective: Gain} over all strengths, with one rate for all of
-    them, "predictions": [(Prediction, {(objective, wordings): Judged})]}. Raises UserError for fewer than two seeds."""
+    """{"objectives", "seeds", "rates": 0 (for the base) and the learning rates, "levels": {objective: (from, to)}: the
+    accuracy on what was never told where it is compared with sft, "strengths": [Strength], "gains": {objective: Gain}
+    over all strengths, with one rate for all of them, "predictions": [(Prediction, {(objective, wordings): Judged})]}.
+    Raises UserError for fewer than two seeds."""
     names = sorted(condensed["objectives"], key=lambda name: name != REFERENCE)
     if names[0] != REFERENCE or len(names) < 2:
         raise UserError(f"objectives {' '.join(names)}; expected sft, with which others are compared, and another one")
@@ -134,11 +143,10 @@ def analyse(condensed):
                      for stratum, measures in condensed["curves"][name].items()} for name in names}
     rates = [0, *condensed["lrs"]]
     strengths = [analyse_strength(wordings, curves, rates) for wordings in STRENGTHS]
-    learnt = [curves[name][NEVER_TOLD]["acc"].mean(0) for name in names]   # (1 + learning rates,) each
-    start = learnt[0][0]
-    end = start + 0.9 * (min(path.max() for path in learnt) - start)
+    learnt = {name: curves[name][NEVER_TOLD]["acc"].mean(0, keepdims=True) for name in names}
+    levels = {name: compared_range(learnt[name], learnt[REFERENCE]) for name in names[1:]}
     gains = {name: gain_of(facts_right(curves[name], *STRENGTHS), rates, len(names)) for name in names}
-    return {"objectives": names, "seeds": condensed["seeds"], "rates": rates, "levels": (start, end),
+    return {"objectives": names, "seeds": condensed["seeds"], "rates": rates, "levels": levels,
             "strengths": strengths, "gains": gains,
             "predictions": [(p, judge(p, names[1:], strengths)) for p in predictions_for(condensed["seeds"])]}
 
@@ -238,18 +246,18 @@ FACTS RIGHT, half of them fine-tuned with wrong labels: points more than before 
 rate, which for each seed the others choose (*: the lowest or the highest one; a better one may lie beyond)"""
 AGAINST_THE_REFERENCE = """\
 POINTS MORE OR FEWER THAN {reference}
-At equal accuracy on what was never told, from {start:.0%} to {end:.0%}, along frontiers of means over the seeds: facts
-told truly that are right, and wrong labels that are followed. Each at its own best rate: facts right, as above."""
+At equal accuracy on what was never told, along frontiers of means over the seeds: facts told truly that are right, and
+wrong labels that are followed. Each at its own best rate: facts right, as above."""
 HEADINGS = {"right": "told truly: right", "followed": "wrong labels followed", "best": "right, best rate"}
 
 
 def render(analysis):
     reference, *others = analysis["objectives"]
-    start, end = analysis["levels"]
     lines = [TITLE.format(seeds=len(analysis["seeds"])), "", *render_right(analysis), "", *render_gains(analysis), "",
-             AGAINST_THE_REFERENCE.format(reference=reference, start=start, end=end)]
+             AGAINST_THE_REFERENCE.format(reference=reference)]
     for name in others:
-        lines += ["", f"{name} minus {reference}"]
+        start, end = analysis["levels"][name]
+        lines += ["", f"{name} minus {reference}; at equal accuracy: from {start:.1%} to {end:.1%}"]
         headings = [f"{heading} {'':6s}" for heading in HEADINGS.values()]
         lines.append("wordings  confidence" + columns(headings, 32))
         for strength in analysis["strengths"]:

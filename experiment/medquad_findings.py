@@ -262,8 +262,8 @@ TITLE = """\
 What each loss does to a pretrained model: {seeds} seeds. Measured on {val} rows about other diseases, {answers} of them
 answered; on {other} texts of another kind; and on the rows with wrong labels ({planted} with the first seed).
 Brackets: 95% intervals. Over seeds by Student's t, those of differences from {reference} for all {others} losses
-at once (Bonferroni); over rows by the paired bootstrap, each by itself, for these trainings alone. A verdict counts
-both: ?: one of them has 0 in it."""
+at once (Bonferroni); over rows by the paired bootstrap, each by itself, for these trainings alone. A verdict needs
+both. ? means that one of the two intervals includes 0."""
 WIDTH = 26
 
 

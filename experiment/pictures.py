@@ -96,7 +96,7 @@ def damage_reported(name):
     except Exception as e:
         # Whatever a damaged file leads to.
         raise UserError(f"{name}: {type(e).__name__} ({e}); expected runs with a step in metrics.jsonl, or what "
-                        "`python train.py` left") from None
+                        "`python train.py` left (with --continuum: `python -m experiment.continuum`)") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def with_interval(estimate, scale, digits, sign="", half=False):
     if math.isnan(mean):
         return "-"
     text = number(mean, digits, sign)
-    if math.isinf(low):
+    if not math.isfinite(low):
         return text
     if half:
         return f"{text} ±{number((high - low) / 2, digits)}"

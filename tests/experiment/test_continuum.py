@@ -41,7 +41,7 @@ def made_up(seeds=4, more_right=0.0, fewer_followed=0.0, noise=0.003, first_seed
 def test_gaps_are_those_that_were_put_in():
     analysis = continuum.analyse(made_up(more_right=0.02, fewer_followed=0.03, noise=0.001))
     assert analysis["objectives"] == ["sft", "bft"]
-    assert np.allclose(analysis["levels"], (0.25, 0.25 + 0.9 * 0.3))
+    assert np.allclose(analysis["levels"]["bft"], (0.25, 0.25 + 0.9 * 0.3))
     # Up to the first rate the difference grows from nothing: half of it, over a third of nine tenths of the way.
     share = 1 - 0.5 * (0.1 / 0.27)
     for place, strength in enumerate(analysis["strengths"]):

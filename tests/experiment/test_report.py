@@ -34,6 +34,7 @@ def test_numbers():
     assert number(-0.001, 2) == "0.00" and number(-0.001, 0, "+") == "+0" and number(1.256, 2) == "1.26"
     assert with_interval(Estimate(0.5, 0.25, 0.755), 100, 0) == "50 [25,76]"
     assert with_interval(Estimate(0.5, -np.inf, np.inf), 100, 0, "+") == "+50"
+    assert with_interval(Estimate(0.5, np.nan, np.nan), 100, 0, "+") == "+50"
     assert with_interval(Estimate(np.nan, np.nan, np.nan), 100, 0) == "-"
     assert with_interval(Estimate(-0.5, -0.75, -0.25), 1, 2, "+", half=True) == "-0.50 ±0.25"
     assert with_interval(Estimate(1.5, -np.inf, np.inf), 1, 2, half=True) == "1.50"
