@@ -123,11 +123,7 @@ def rate_curves(results):
     curves = {}
     for name in results["objectives"]:
         of_seeds = [item_curves(results, name, seed) for seed in results["seeds"]]
-        means = {key: np.array([of_seed[key].mean(1) for of_seed in of_seeds]) for key in of_seeds[0]}
-        # There are as many known facts held out as weak ones.
-        known, weak = (means[stratum, "acc"] for stratum in HELD_OUT)
-        kept = (known + weak) / 2
-        curves[name] = {**means, LOST: kept[:, :1] - kept}
+        curves[name] = {key: np.array([of_seed[key].mean(1) for of_seed in of_seeds]) for key in of_seeds[0]}
     return curves
 
 
