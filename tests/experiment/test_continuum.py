@@ -183,7 +183,7 @@ def test_it_is_printed_and_drawn_again(tmp_path):
     path.write_text(json.dumps(made_up(fewer_followed=0.03)))
     result = print_again(path)
     assert result.returncode == 0, result.stderr
-    assert "4 seeds" in result.stdout and "from 25% to 52%" in result.stdout and "PREDICTIONS" in result.stdout
+    assert "4 seeds" in result.stdout and "from 25.0% to 52.0%" in result.stdout and "PREDICTIONS" in result.stdout
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
     # Some of its seeds, without a picture: as if there were no others.
     some = print_again(path, "--seeds", "3", "1")
