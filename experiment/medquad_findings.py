@@ -263,7 +263,7 @@ What each loss does to a pretrained model: {seeds} seeds. Measured on {val} rows
 answered; on {other} texts of another kind; and on the rows with wrong labels ({planted} with the first seed).
 Brackets: 95% intervals. Over seeds by Student's t, those of differences from {reference} for all {others} losses
 at once (Bonferroni); over rows by the paired bootstrap, each by itself, for these trainings alone. A verdict needs
-both. ? means that one of the two intervals includes 0."""
+both. ? means that an interval includes 0."""
 WIDTH = 26
 
 
