@@ -31,7 +31,7 @@ import torch.nn.functional as F
 def _samples(logp, offsets):
     """Each token's number, and that of its sample: (N,) each."""
     token = torch.arange(len(logp), device=logp.device)
-    ends = offsets[1:].to(logp.device, non_blocking=True)             # exclusive: so many samples lie wholly before it
+    ends = offsets[1:].to(logp.device, non_blocking=True)             # exclusive: at t = end the next sample begins
     return token, torch.searchsorted(ends, token, right=True)
 
 

@@ -34,8 +34,8 @@ from runtime.rows import Row, read_rows
 
 class Sample(NamedTuple):
     ids: np.ndarray                  # (L,) int64, all tokens
-    # (L,) bool: the response tokens, which are what is trained: of each assistant's turn that is to be learnt all
-    # tokens, with the one that ends the turn (`hf.ChatFormat.encode`). A first token has no context, and never is one.
+    # (L,) bool: true for the response tokens, which are trained: every token of an assistant's turn that is to be
+    # learnt, the one that ends the turn included (`hf.ChatFormat.encode`). Never for a first token: it has no context.
     response: np.ndarray
     group: str | None                # of an evaluation's table; not one of bft's groups
     line: int                        # in its file; of an array or parquet, the row, from 1

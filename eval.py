@@ -218,8 +218,8 @@ def add_flags(parser):
                         "in quotes, 'runs/bft-s*', is one column: several seeds of one objective")
     parser.add_argument("--tasks", nargs="+", choices=(*TASKS, "plot"), default=[], help="what to evaluate")
     parser.add_argument("--data", nargs="+", default=[], help="a file for each task, in the same order")
-    parser.add_argument("--limit", type=int, help="of each file in --data, but inspect's, the first so many lines "
-                        "(default: all)")
+    parser.add_argument("--limit", type=int, help="read only the first so many lines of each file in --data (default: "
+                        "all; inspect has --lines)")
     parser.add_argument("--prompt", help="print each model's answer to this")
     parser.add_argument("--max-new-tokens", type=int, help=f"of an answer (default: {writing.NEW_TOKENS} for prompt, "
                         f"{answer.NEW_TOKENS} for answer, {process.NEW_TOKENS} for process, {profile.NEW_TOKENS} for "
@@ -233,7 +233,8 @@ def add_flags(parser):
                         "prompts; auto: the model's own template, or what its special tokens suggest (default: auto)")
     parser.add_argument("--max-length", type=int, help="cut samples after so many tokens; without: where the model's "
                         "positions end")
-    parser.add_argument("--group-size", type=int, default=256, help="g, in response tokens (default: 256)")
+    parser.add_argument("--group-size", type=int, default=256, help="g, in response tokens, whatever "
+                        "runs were trained with (default: 256)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
                         help="autocast; auto: bfloat16 where the device has it natively (default: float32)")
     parser.add_argument("--shard", choices=SHARDS, default="no", help="what ranks share instead of holding all of a "

@@ -255,9 +255,9 @@ FLASH_KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 class Packing:
     """Where packed samples lie in their tokens (T, ...), and attention within each of them.
 
-    lengths: of the S samples; they add up to T. cache: keeps keys and values, for `generate`. after: {number of a
-    sample: that of the one from which it goes on}, as choices do from a question: it sees all of that one's tokens too,
-    and its positions begin where they end. (That one goes on from none.)
+    lengths: of the S samples; they add up to T. cache: keeps keys and values, for `generate`. after: {sample: the
+    sample that it goes on from}, as choices go on from a question. It sees that one's tokens too, and its positions
+    begin where they end. The one that it goes on from goes on from none.
     """
 
     def __init__(self, lengths, device, cache=None, after=None):

@@ -1,11 +1,11 @@
 """Fine-tunes a GPT with any objective of bft.py, on one process or many.
 
-    python train.py                                        # the default job on assets/: some two minutes on two cores
+    python train.py                                        # the default job on assets/: some 80 seconds on two cores
     torchrun --nproc_per_node=8 train.py                   # the same on eight GPUs
     torchrun --nproc_per_node=8 train.py --init DIR_OR_HUB_ID --data FILE.jsonl --objective sft bft --out runs/mine
 
-From top to bottom: settings, the command, the loop (`train`) and what it calls, one step among it (`forward_backward`),
-what is logged of a step, and the memory that a run needs.
+From top to bottom: settings, the command, the loop (`train`) and what it calls (a step is
+`forward_backward`), what is logged of a step, and the memory that a run needs.
 """
 
 import argparse
@@ -67,10 +67,11 @@ class Settings:
     epochs: int = flag(3, "passes over the data")
     steps: int = flag(0, "optimizer steps, in place of epochs; goes on into further epochs", at_least=0)
     batch_size: int = flag(32, "samples in a global batch, over all ranks and micro-batches", at_least=1)
-    micro_tokens: int = flag(8192, "tokens in a micro-batch of one rank, at most; a longer sample is one by itself "
-                             "(compiled, a micro-batch is filled up to the next quarter of it)", at_least=1)
+    micro_tokens: int = flag(8192, "tokens in a micro-batch of one rank, at most; a longer sample has one for itself "
+                             "(with --compile a micro-batch is padded to the next quarter of this number)", at_least=1)
     max_length: int = flag(0, "tokens in a sample, at most; 0: what the model's positions allow", at_least=0)
-    lr: float = flag(1e-5, "peak learning rate", above=0)
+    lr: float = flag(1e-5, "peak learning rate; adapters need more, some 1e-4 and up, and random weights some 1e-3",
+                     above=0)
     min_lr: float = flag(0.0, "what the cosine of the learning rate falls towards", at_least=0)
     warmup: float = flag(0.05, "fraction of the steps in which the learning rate rises", at_least=0, at_most=1)
     weight_decay: float = flag(0.0, "AdamW's, on matrices only (embeddings and adapters among them)", at_least=0)
@@ -92,8 +93,8 @@ class Settings:
     save_every: int = flag(500, "steps between checkpoints; 0: only at the end", at_least=0)
     eval_every: int = flag(0, "steps between validations; 0: only before the first step and after the last",
                            at_least=0)
-    log_every: int = flag(10, "steps between lines on the terminal; only then is a GPU waited for, a line for each "
-                          "step written to metrics.jsonl, and a loss that is no number found", at_least=1)
+    log_every: int = flag(10, "steps between lines on the terminal. Only then are the steps since the last line "
+                          "written to metrics.jsonl, and is a loss that is no number found", at_least=1)
     keep: int = flag(2, "checkpoints to keep", at_least=1)
     resume: bool = flag(True, "go on from the newest checkpoint in --out; --no-resume starts again over it",
                         action=argparse.BooleanOptionalAction)
@@ -603,7 +604,7 @@ class StepLog:
         multi_window = np.mean(samples.response_lengths > settings.group_size)
         if has_groups(objective) and multi_window < 0.1:
             ranks.once(f"warning: only {multi_window:.0%} of the samples have more than --group-size "
-                       f"{settings.group_size} response tokens; for the others the one group is the whole sample")
+                       f"{settings.group_size} response tokens; the others fit into one window")
 
     def restart_clock(self):
         self.clock = time.perf_counter()

@@ -66,5 +66,6 @@ def finish(questions, answers, evaluation):
 
 
 def rows(questions, answers, details, evaluation):
-    title = f"nll: {questions.file}, {evaluation.chat_formats()} chat format"
+    title = (f"nll: {questions.file}, {evaluation.chat_formats()} chat format, groups of {evaluation.args.group_size} "
+             "response tokens")
     return title, summarise(MEASURES, items_of(answers, evaluation.columns))

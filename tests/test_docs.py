@@ -54,7 +54,7 @@ OTHER_PATHS = re.compile(r"""
 EXTENSIONS = (".py", ".md", ".json", ".jsonl", ".txt", ".png", ".html", ".cff", ".toml", ".yml", ".csv", ".pt", ".sh")
 # Names of other people's code.
 FOREIGN_NAMES = {"bft_loss_func", "dft_loss_func", "apply_chat_template", "num_items_in_batch", "compute_loss_func",
-                 "average_tokens_across_devices", "fully_shard", "state_dict", "GLOO_SOCKET_IFNAME"}
+                 "average_tokens_across_devices", "padding_free", "eval_loss", "fully_shard", "state_dict", "GLOO_SOCKET_IFNAME"}
 
 
 class Block(NamedTuple):
