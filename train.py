@@ -43,7 +43,15 @@ from runtime.process import Parser, Stop, UserError, leave_after_a_signal, read_
 from runtime.ranks import Ranks
 from runtime.report import check_packages, open_reports
 from runtime.run_directory import begin_run, check_out, check_unchanged, describe, is_finished, tokens_sha256
-from runtime.sharding import SHARDS, draw_parameters, gather_whole, gradient_exchange, is_sharded, ranks_per_copy, shard
+from runtime.sharding import (
+    SHARDS,
+    draw_parameters,
+    gradient_exchange,
+    gradient_norm,
+    is_sharded,
+    ranks_per_copy,
+    shard,
+)
 from tasks.reference import with_reference
 from tasks.scoring import score
 from variants import load_variants, variant_of, variants_in
@@ -507,7 +515,10 @@ def sample_statistics(logp, weights, group_size):
 
 def clip_gradient(trained, largest):
     """Scales the gradient down to the norm `largest` (0: leaves it); returns its norm before, 0-d, on the device."""
-    return gather_whole(torch.nn.utils.clip_grad_norm_(trained.values(), largest or math.inf))
+    norm = gradient_norm(trained.values())
+    if largest:
+        torch.nn.utils.clip_grads_with_norm_(trained.values(), largest, norm.float())
+    return norm
 
 
 def validate(model, samples, step, log, stop):

@@ -145,3 +145,22 @@ def is_sharded(model):
 def gather_whole(t):
     """The whole tensor. Of a sharded one every rank must ask for it."""
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def gradient_norm(parameters):
+    """The norm of all their gradients together: 0-d float64. Of sharded ones every rank must ask for it.
+
+    Each row is added up in float32, as it is, and the rows in float64. Sharding cuts no row, so that it does not change
+    the norm. (torch's adds up whole matrices in float32: on a CPU that of 49,152 x 576 numbers is off by 0.16%.)
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = []
+    for gradient in gradients:
+        rows = local(gradient)
+        if rows.dim() > 1:
+            rows = torch.linalg.vector_norm(rows, dim=-1)
+        norms.append(torch.linalg.vector_norm(rows, dtype=torch.float64))
+    square = torch.stack(norms).square().sum()
+    if isinstance(gradients[0], DTensor):
+        dist.all_reduce(square, group=gradients[0].device_mesh.get_group(-1))
+    return square.sqrt()

@@ -48,7 +48,7 @@ def rounding(ranks):
             gradients.append({name: gather_whole(p.grad) for name, p in model.named_parameters()})
             # Of the whole gradient, and a number for whoever looks at it on one rank.
             norm = train.clip_gradient(train.trained_parameters(model), 0)
-            expected = sum(gradient.square().sum() for gradient in gradients[-1].values()).sqrt()
+            expected = sum(gradient.double().square().sum() for gradient in gradients[-1].values()).sqrt()
             assert type(norm) is torch.Tensor and torch.isclose(norm, expected)
         plain, sharded = gradients
         assert all(gradient.dtype == torch.float32 for gradient in sharded.values())
