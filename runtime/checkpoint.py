@@ -3,8 +3,8 @@
     checkpoint/step-N/
         shard-00001-of-00003.safetensors    rows of every trained parameter ("model.NAME") and of its optimizer state
                                             ("exp_avg.NAME", ...): a file of each rank that holds some, in their order
-        state.json                          written last: the run's id, the step, the files' checksums, and the
-                                            optimizer's numbers (AdamW's `step`)
+        state.json                          written last: the run's id, the step, the files' checksums, the optimizer's
+                                            options and its numbers (AdamW's `step`)
 
 A checkpoint is written as step-N.tmp, which becomes step-N when all of it is on the disk.
 """
@@ -133,8 +133,16 @@ def not_finite(trained, optimizer, dtypes):
 def write_state(directory, run_id, step, files, trained, optimizer):
     """Writes state.json, by which a checkpoint is whole. files: {file name: sha256}."""
     numbers = {key: value.item() for key, value in optimizer_state(trained, optimizer) if value.dim() == 0}
-    state = {"run_id": run_id, "step": step, "files": files, "numbers": numbers}
+    state = {"run_id": run_id, "step": step, "files": files, "groups": options_of(optimizer), "numbers": numbers}
     write_whole(directory / "state.json", [sealed(state)])
+
+
+def options_of(optimizer):
+    """[{option: value}] of its groups of parameters: the learning rate, and all that is not 0 or off. (A newer torch
+    may know more options.)"""
+    groups = [{key: value for key, value in group.items() if key == "lr" or value and key != "params"}
+              for group in optimizer.param_groups]
+    return json.loads(json.dumps(groups))                                 # a tuple becomes a list, as in the file
 
 
 def sealed(state):
@@ -149,7 +157,7 @@ def sealed(state):
 def resume_from_checkpoint(out, trained, optimizer, resume, ranks):
     """Gives the parameters {name: parameter} and the optimizer what they had at the newest checkpoint that is whole.
     Returns its step, the same on every rank; 0 if there is none, or without resume. Damaged ones are renamed. Raises
-    UserError if all are, and for one of other parameters.
+    UserError if all are.
 
     When it returns, every rank has looked: from then on rank 0 may write.
     """
@@ -161,12 +169,11 @@ def resume_from_checkpoint(out, trained, optimizer, resume, ranks):
     start, damaged = 0, {}
     for step in reversed(steps):
         path = out / "checkpoint" / f"step-{step}"
-        reasons = ranks.texts(why_damaged(path, run_id, step, ranks))
-        if not any(reasons):
-            load_checkpoint(path, trained, optimizer)
+        reason = load_or_say_why_not(path, run_id, step, trained, optimizer, ranks)
+        if not reason:
             start = step
             break
-        damaged[path] = next(filter(None, reasons))
+        damaged[path] = reason
     if damaged and not start:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
         raise UserError(f"no checkpoint of {out} can be loaded ({reasons}); --no-resume starts again over it")
@@ -181,7 +188,17 @@ def resume_from_checkpoint(out, trained, optimizer, resume, ranks):
     return start
 
 
-def why_damaged(path, run_id, step, ranks):
+def load_or_say_why_not(path, run_id, step, trained, optimizer, ranks):
+    """Returns "" if the checkpoint was loaded, else why it cannot be; the same on every rank."""
+    reasons = ranks.texts(why_damaged(path, run_id, step, trained, optimizer, ranks))
+    if not any(reasons):
+        load_checkpoint(path, trained, optimizer)
+        names = " ".join(not_finite(trained, optimizer, {}))
+        reasons = [f"infinite or no number: {names[:200]}" for names in ranks.texts(names) if names]
+    return next(filter(None, reasons), "")
+
+
+def why_damaged(path, run_id, step, trained, optimizer, ranks):
     """Why this checkpoint cannot be loaded, "" if nothing is seen. Each rank looks at state.json, and at its part of
     the other files. Raises OSError for a disk that cannot be read, on which it may be whole, and UserError if this rank
     does not see it at all."""
@@ -202,6 +219,7 @@ def why_damaged(path, run_id, step, ranks):
         for name in sorted(state["files"])[ranks.rank::ranks.world]:
             if file_sha256(path / name) != state["files"][name]:
                 raise ValueError(f"{name} is damaged")
+        check_contents(path, state, trained, optimizer)
     except Exception as e:                                                # whatever a damaged file leads to
         if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
             raise
@@ -219,14 +237,54 @@ def read_state(path):
     return state
 
 
-def load_checkpoint(path, trained, optimizer):
-    """Gives the parameters and the optimizer what a whole checkpoint has: the rows that this rank holds. Raises
-    UserError if these are not the parameters that were saved.
+def check_contents(path, state, trained, optimizer):
+    """Raises ValueError if a checkpoint has other options, or other numbers, than these parameters and their optimizer
+    have. Of the files only the headers are read."""
+    saved, options = state["groups"], options_of(optimizer)
+    for group in (*saved, *options):
+        # It changes with the steps.
+        del group["lr"]
+    if saved != options:
+        raise ValueError("its optimizer has other options")
+    # {(key, all dimensions but the first, dtype): rows}; of a number, {(key,): 1}.
+    found, expected = collections.Counter(), collections.Counter()
+    for name in state["files"]:
+        with open(path / name, "rb") as f:
+            for key, dtype, (count, *others) in safetensors_layout(f):
+                found[key, *others, str(dtype)] += count
+    for key in state["numbers"]:
+        found[key,] = 1
+    names = {p: name for name, p in trained.items()}
+    for group in optimizer.param_groups:
+        # A model may have no vectors that are trained.
+        kinds = state_of_a_parameter(optimizer, group) if group["params"] else {}
+        for p in group["params"]:
+            expected[f"model.{names[p]}", *p.shape[1:], str(p.dtype)] = len(p)
+            for kind, value in kinds.items():
+                if value.dim() > 0:
+                    expected[f"{kind}.{names[p]}", *p.shape[1:], str(p.dtype)] = len(p)
+                else:
+                    expected[f"{kind}.{names[p]}",] = 1
+    if found != expected:
+        different = {key for key, *_ in found - expected | expected - found}
+        raise ValueError(f"missing, unexpected or of another shape: {', '.join(sorted(different)[:5])}")
 
-    The optimizer keeps its options: by the run's record they are the same, and every step sets its learning rate.
-    """
+
+def state_of_a_parameter(optimizer, group):
+    """{kind: tensor} that an optimizer keeps of a parameter of this group: it shows after a step."""
+    p = torch.zeros(1, 1, device=group["params"][0].device, requires_grad=True)
+    p.grad = torch.zeros_like(p)
+    like = object.__new__(type(optimizer))
+    like.__dict__.update(optimizer.__dict__)
+    like.param_groups, like.state = [{**group, "params": [p]}], collections.defaultdict(dict)
+    like.step()
+    return like.state[p]
+
+
+def load_checkpoint(path, trained, optimizer):
+    """Gives the parameters and the optimizer what a whole checkpoint has: the rows that this rank holds."""
     saved = read_state(path)
-    state = collections.defaultdict(dict)
+    state = {name: {} for name in trained}
     for key, number in saved["numbers"].items():
         kind, name = key.split(".", 1)
         state[name][kind] = torch.tensor(number)
@@ -235,27 +293,24 @@ def load_checkpoint(path, trained, optimizer):
         if kind != "model":
             state[name][kind] = as_rows_of(trained[name], rows, rows.device)
     names = {p: name for name, p in trained.items()}
-    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    groups = []
+    for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
+        groups.append({**group, "lr": options["lr"], "params": [names[p] for p in group["params"]]})
     # torch's own state dicts number the parameters; any key will do, and ours are names.
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def read_my_rows(files, trained):
     """{key: the rows that this rank holds}, of files that one after another hold all rows. The parameters' are their
-    own memory. No more is held than these and what one file has of one of them. Raises UserError where they are rows of
-    other parameters."""
+    own memory. No more is held than these and what one file has of one of them."""
     mine = {f"model.{name}": local(p.detach()) for name, p in trained.items()}
     seen, filled = collections.Counter(), collections.Counter()           # rows: of all, of mine
     for file in files:
         with open(file, "rb") as f:
             layout = safetensors_layout(f)
         wanted = {}
-        for key, dtype, (count, *others) in layout:
-            name = key.split(".", 1)[1]
-            p = trained.get(name)
-            if p is None or others != list(p.shape[1:]):
-                raise UserError(f"{file}: {key} is unexpected, or of another shape than in this model; expected the "
-                                "code that saved it")
+        for key, dtype, (count, *_) in layout:
+            p = trained[key.split(".", 1)[1]]
             if key not in mine:
                 mine[key] = torch.empty_like(local(p.detach()), dtype=dtype)
             wanted[key] = [min(max(row - seen[key], 0), count) for row in rows_of(p)]
@@ -264,7 +319,4 @@ def read_my_rows(files, trained):
             begin, end = filled[key], filled[key] + len(rows)
             mine[key][begin:end] = rows
             filled[key] = end
-    for name, p in trained.items():
-        if seen[f"model.{name}"] != len(p):
-            raise UserError(f"{files[0].parent} has not all of {name}; expected the code that saved it")
     return mine

@@ -77,6 +77,7 @@ def check(trained, optimizer, sizes):
         assert torch.equal(gather_whole(t), filled(name, kind, t.shape)), (name, kind)
         bytes_of_rows.append(local(t).nbytes)
     assert sum(sizes) == sum(bytes_of_rows) and max(sizes) <= max(bytes_of_rows), (sizes, bytes_of_rows)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
     optimizer.step()                                                      # it can go on
 
@@ -103,6 +104,8 @@ def main():
             t.fill_(7 + len(name))
         else:
             local(t).copy_(rows(filled(name, kind, t.shape), t))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.25
     if write == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 10, 2 ** 10))
         write = 99

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -62,6 +63,8 @@ def test_what_it_holds(tmp_path):
     state = json.loads((path / "state.json").read_bytes())
     assert state["step"] == 7 and state["files"].keys() == {FILE} and state["run_id"] == ""
     assert state["numbers"] == {f"step.{name}": 1.0 for name in trained}
+    group, = state["groups"]
+    assert group["lr"] == 0.125 and group["betas"] == [0.9, 0.95] and "params" not in group
 
 
 @pytest.mark.slow
@@ -89,7 +92,8 @@ def test_an_optimizer_without_state_too(tmp_path):
     trained = dict(tiny(vocab_size=11).named_parameters())
     save_checkpoint(tmp_path, 1, trained, torch.optim.SGD(trained.values(), lr=1.0), 1, Ranks("cpu"), "")
     other = dict(tiny(seed=1, vocab_size=11).named_parameters())
-    assert resume(tmp_path, other, torch.optim.SGD(other.values(), lr=0.5)) == 1
+    optimizer = torch.optim.SGD(other.values(), lr=0.5)
+    assert resume(tmp_path, other, optimizer) == 1 and optimizer.param_groups[0]["lr"] == 1.0
     assert all(torch.equal(p, other[name]) for name, p in trained.items())
 
 
@@ -180,14 +184,14 @@ def nested_state(path):
     (path / "state.json").write_bytes(b"[" * 100_000)
 
 
-def other_number(path):
+def other_options(path):
     text = (path / "state.json").read_text()
-    (path / "state.json").write_text(text.replace(": 1.0", ": 2.0", 1))
+    (path / "state.json").write_text(text.replace('"lr": 0.125', '"lr": 0.250'))
 
 
 def same_numbers_in_other_words(path):
     text = (path / "state.json").read_text()
-    (path / "state.json").write_text(text.replace(": 1.0", ": 1.00", 1))
+    (path / "state.json").write_text(text.replace('"lr": 0.125', '"lr": 0.1250'))
 
 
 def of_another_step(path):
@@ -196,10 +200,15 @@ def of_another_step(path):
     path.with_name("step-9").rename(path)
 
 
+def of_another_model(path):
+    shutil.rmtree(path)
+    save_checkpoint(path.parents[1], 6, *state_of_a_run(intermediate_size=64), 9, Ranks("cpu"), "")
+
+
 @pytest.mark.parametrize("damage, words", [
     (remove, f"missing or unexpected: {FILE}"), (remove_state, "state.json"), (add, "missing or unexpected: extra"), (cut, f"{FILE} is damaged"),
-    (empty_state, ""), (nested_state, ""), (other_number, "state.json is damaged"), (same_numbers_in_other_words, "state.json is damaged"),
-    (of_another_step, "it is of step 9")])
+    (empty_state, ""), (nested_state, ""), (other_options, "state.json is damaged"), (same_numbers_in_other_words, "state.json is damaged"),
+    (of_another_step, "it is of step 9"), (of_another_model, "missing, unexpected or of another shape: exp_avg.layers.0.mlp.")])
 def test_a_damaged_one_is_renamed_and_the_one_before_taken(damage, words, tmp_path, capsys):
     newest, earlier = save(tmp_path, 3, 6), tmp_path / "checkpoint" / "step-6.damaged"
     earlier.mkdir()
@@ -223,15 +232,65 @@ def test_a_damaged_one_is_renamed_and_the_one_before_taken(damage, words, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(tensors(trained, optimizer), before, strict=True))
 
 
+def another_optimizer(trained, make):
+    """Of the same parameters, after a step."""
+    optimizer = make(trained.values())
+    for p in trained.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def other_shapes(trained, optimizer):
+    name, p = next(iter(trained.items()))
+    optimizer.state[p]["exp_avg"] = torch.zeros(3, 5)
+    return optimizer
+
+
+def other_dtypes(trained, optimizer):
+    p = trained["norm.weight"]
+    optimizer.state[p]["exp_avg_sq"] = optimizer.state[p]["exp_avg_sq"].half()
+    return optimizer
+
+
+def no_moments(trained, optimizer):
+    optimizer.state.clear()
+    return optimizer
+
+
+def one_parameter_less(trained, optimizer):
+    del optimizer.state[trained["norm.weight"]]
+    return optimizer
+
+
+def one_moment_less(trained, optimizer):
+    del optimizer.state[trained["norm.weight"]]["exp_avg_sq"]
+    return optimizer
+
+
+def one_group_more(trained, optimizer):
+    optimizer.add_param_group({"params": [torch.zeros(2)]})
+    return optimizer
+
+
 @pytest.mark.parametrize("change, words", [
-    ({"intermediate_size": 64}, r"mlp.down_proj.weight is unexpected, or of another shape than in this model"),
-    ({"num_hidden_layers": 3}, r"model.layers.2.* is unexpected"), ({"num_hidden_layers": 1}, r"step-6 has not all of layers.1")])
-def test_other_parameters_are_not_loaded(change, words, tmp_path):
-    """Such a checkpoint is whole, so that it is neither renamed nor passed over: the code has changed."""
-    path = save(tmp_path, 3, 6, **change)
-    with pytest.raises(UserError, match=f"{words}.*; expected the code that saved it"):
-        resume(tmp_path, *state_of_a_run())
-    assert path.is_dir()
+    (other_shapes, "exp_avg.embed_tokens.weight"), (other_dtypes, "exp_avg_sq.norm.weight"), (no_moments, "missing, unexpected or of another shape"),
+    (one_parameter_less, "exp_avg.norm.weight, exp_avg_sq.norm.weight, step.norm.weight"), (one_moment_less, "shape: exp_avg_sq.norm.weight)"),
+    (one_group_more, "its optimizer has other options"),
+    (lambda trained, _: another_optimizer(trained, lambda ps: torch.optim.SGD(ps, lr=0.125, momentum=0.9)), "its optimizer has other options"),
+    (lambda trained, _: another_optimizer(trained, lambda ps: torch.optim.AdamW(ps, lr=0.125, betas=(0.9, 0.99), fused=True)), "other options"),
+    (lambda trained, _: another_optimizer(trained, lambda ps: torch.optim.Adagrad(ps, lr=0.125)), "other options")])
+def test_the_state_of_another_optimizer_is_not_taken(change, words, tmp_path, capsys):
+    """Whatever its checksums say: not one number is lost, and none is given to what it is not of."""
+    save(tmp_path, 3)
+    trained, optimizer = state_of_a_run()
+    save_checkpoint(tmp_path, 6, trained, change(trained, optimizer), 9, Ranks("cpu"), "")
+    trained, optimizer = state_of_a_run(seed=1)
+    assert resume(tmp_path, trained, optimizer) == 3
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1 and words in output
+    assert all(torch.equal(a, b) for a, b in zip(tensors(trained, optimizer), tensors(*state_of_a_run()), strict=True))
+    optimizer.step()                                                      # which a moment of another shape would end
 
 
 class OwnOptimizer(torch.optim.Optimizer):
@@ -270,15 +329,41 @@ def test_other_optimizers_are_resumed_too(make, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(tensors(*states[0]), tensors(*states[1]), strict=True))
 
 
+def test_options_that_are_off_may_differ():
+    """A newer torch may have more of them."""
+    trained, optimizer = state_of_a_run()
+    options = checkpoint.options_of(optimizer)
+    optimizer.param_groups[0] |= {"of_a_newer_torch": False, "another": None, "lr": 0.0}
+    assert checkpoint.options_of(optimizer) == [{**options[0], "lr": 0.0}]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["weight", "moment", "step"])
+def test_a_checkpoint_with_what_is_no_number_is_not_taken(number, where, tmp_path, capsys):
+    save(tmp_path, 3)
+    trained, optimizer = state_of_a_run()
+    p = trained["layers.1.mlp.down_proj.weight"]
+    if where == "step":
+        optimizer.state[p]["step"].fill_(number)
+    else:
+        (p.data if where == "weight" else optimizer.state[p]["exp_avg"])[1, 2] = number
+    save_checkpoint(tmp_path, 6, trained, optimizer, 9, Ranks("cpu"), "")
+    trained, optimizer = state_of_a_run(seed=1)
+    assert resume(tmp_path, trained, optimizer) == 3
+    assert "layers.1.mlp.down_proj.weight" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(tensors(trained, optimizer), tensors(*state_of_a_run()), strict=True))
+
+
 @pytest.mark.parametrize("name", [FILE, "state.json"])
 def test_a_single_bit_anywhere_is_noticed(name, tmp_path):
     path, rng = save(tmp_path, 6), random.Random(0)
+    state = state_of_a_run()
     size = 8 * (path / name).stat().st_size
     for bit in (0, 63, size - 1, *(rng.randrange(size) for _ in range(100))):
         flip(path / name, bit)
-        assert checkpoint.why_damaged(path, "", 6, Ranks("cpu")), bit
+        assert checkpoint.why_damaged(path, "", 6, *state, Ranks("cpu")), bit
         flip(path / name, bit)
-    assert checkpoint.why_damaged(path, "", 6, Ranks("cpu")) == ""
+    assert checkpoint.why_damaged(path, "", 6, *state, Ranks("cpu")) == ""
 
 
 def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
