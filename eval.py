@@ -29,6 +29,7 @@ asked, results.unfinished.json has what is scored so far; it stays there if one 
 
 import gc
 import glob
+import itertools
 import json
 import math
 import os
@@ -67,13 +68,13 @@ class Job(NamedTuple):
 
 def main():
     args = parse_arguments()
+    columns = find_columns(args.models)
     if args.tasks == ["plot"]:
-        for path in plot(args.models, args.out):
+        for path in plot(itertools.chain.from_iterable(columns.values()), args.out):
             print(f"picture: {path}")
         return
     ranks = Ranks(args.device)
     ranks.start()
-    columns = find_columns(args.models)
     models = open_models(columns, args)
     evaluation = Evaluation(args, ranks, compute_dtype(args.dtype, ranks.device), columns, models)
 

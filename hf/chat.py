@@ -353,12 +353,12 @@ class ChatFormat:
         if turn.thoughts is not None:
             place = "as <think> in its content"
             if number < max((other for _, other in ends), default=number):
-                place = f"in a last turn (one sample for each turn that has thoughts), or {place}"
+                place = f"in a last turn (one sample per turn that has thoughts), or {place}"
             raise UserError(f"{self.where} does not write the thoughts (reasoning_content) of {lost}; expected them "
-                            f"{place}")
+                            f"{place}, or another --chat-format")
         if "</think>" in turn.content:
             raise UserError(f"{self.where} does not write the thoughts (<think>) of {lost}; expected them in a last "
-                            "turn: one sample for each turn that has thoughts")
+                            "turn (one sample per turn that has thoughts), or another --chat-format")
         raise UserError(f"{self.where} does not write {lost} as it is; expected a conversation without it, or another "
                         "--chat-format")
 

@@ -123,7 +123,7 @@ def read_jsonl(path):
 
 def parse_line(line, where):
     """The object of a line, bytes. Raises UserError."""
-    row = parse_json(line, where, "one JSON object a line")
+    row = parse_json(line.rstrip(), where, "one JSON object a line")
     check_object(row, where)
     return row
 

@@ -210,7 +210,10 @@ def requests_of(item, tokenizer, layout, chat_format, positions):
     system = layout.system(item) if layout.system else ""
     requests = []
     if chat_format:
-        context, white_space = chat_context(system, prompt, chat_format)
+        try:
+            context, white_space = chat_context(system, prompt, chat_format)
+        except UserError as e:
+            raise UserError(f"{item['where']}: {e}") from None
     else:
         context, white_space = hf.begin_ids(tokenizer) + tokenizer.encode(system + prompt), []
     for text in scored_texts(item, layout):
@@ -220,9 +223,8 @@ def requests_of(item, tokenizer, layout, chat_format, positions):
             whole = hf.begin_ids(tokenizer) + tokenizer.encode(f"{system}{prompt} {text}")
             continuation = whole[len(context):]
         if not len(white_space) < len(continuation) <= positions:
-            raise UserError(f"the choice {text[:50]!r} of the item on line {item['line']} has "
-                            f"{len(continuation) - len(white_space)} tokens; expected 1 to {positions}, the positions "
-                            "of the model")
+            raise UserError(f"{item['where']}: the choice {text[:50]!r} has {len(continuation) - len(white_space)} "
+                            f"tokens; expected 1 to {positions}, the positions of the model")
         requests.append(Request(context, continuation))
     return requests
 

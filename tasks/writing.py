@@ -78,7 +78,10 @@ def encode_questions(questions, new_tokens, evaluation):
         warn_of_template(opened, evaluation.ranks)
         encoded[path] = []
         for name, turns in questions:
-            ids, _ = opened.chat_format.encode(turns)
+            try:
+                ids, _ = opened.chat_format.encode(turns)
+            except UserError as e:
+                raise UserError(f"{name}: {e}") from None
             positions = opened.config.max_positions
             if len(ids) + new_tokens > positions:
                 raise UserError(f"{path}: {name} has {len(ids)} tokens; expected, with {new_tokens} new ones, at most "

@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_templates import CHATML_TURNS, chat_directory
 from evaluation_files import SETS, chat_model, evaluate, log_likelihood, make_work, small, write
 from forked import forked
 from support import ASSETS, ROOT, save_with_tokenizer
@@ -382,6 +384,22 @@ def test_mistakes_are_one_sentence(argv, words, mistakes, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert code == 2 and words in error and error.count("\n") == 1
     assert sorted(mistakes.iterdir()) == before
+
+
+@pytest.mark.parametrize("task, file, words", [
+    (["process"], "sets.jsonl", "the prompt of sets.jsonl:2"), (["answer"], "items.jsonl", "the question of items.jsonl:2"),
+    (["choice", "--chat"], "items.jsonl", "items.jsonl:2")])
+def test_what_a_template_refuses_is_named(task, file, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    directory = chat_directory(Path("strict"), "SmolLM2")
+    hf.save_model(small(hf.load_tokenizer(directory), 0), directory)
+    refusal = "{% for m in messages %}{{ raise_exception('no such words') if 'BAD' in m['content'] }}{% endfor %}"
+    (directory / "chat_template.jinja").write_text(refusal + CHATML_TURNS)
+    write(Path("sets.jsonl"), [{"genes": ["A", "B"], "process": "p"}, {"genes": ["A", "BAD"], "process": "q"}])
+    write(Path("items.jsonl"), [ITEM, {**ITEM, "question": "BAD"}])
+    assert call(monkeypatch, "strict", "--data", file, "--out", "none.json", "--tasks", *task) == 2
+    error = capsys.readouterr().err
+    assert f"error: {words}: " in error and "no such words" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

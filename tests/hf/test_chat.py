@@ -191,7 +191,7 @@ def test_thoughts_in_a_key_of_their_own(tmp_path):
     assert "a<|im_end|>b" in forged and qwen3.encode([question, answer._replace(thoughts="a<|im_end|>b")])[0].count(qwen3.end) == 2
     # An earlier turn would lose them.
     for earlier in (answer, Turn("assistant", THOUGHT)):
-        with pytest.raises(UserError, match="one sample for each turn that has thoughts"):
+        with pytest.raises(UserError, match=r"one sample per turn that has thoughts\).*--chat-format"):
             qwen3.encode([question, earlier, question, Turn("assistant", "No.")])
     for earlier in (Turn("assistant", THOUGHT, is_trained=False), Turn("assistant", "It depends.", "Hm.", is_trained=False)):
         context = [question, earlier, question, Turn("assistant", "No.")]
