@@ -123,9 +123,9 @@ class Strength(NamedTuple):
     gaps: dict                       # {(objective, kind): Judged}: minus the reference
 
 
-# At equal accuracy on what was never told: more of the truly told facts right, more wrong labels followed. And each at
-# its own best rate: more of all right. (A fourth kind, "best, since never told", is in no table: how much more that is
-# than at strength 0.)
+# The gaps in the table. At equal accuracy on what was never told: more of the truly told facts right, more wrong labels
+# followed. Each at its own best rate: more of all facts right. Only a prediction asks for the fourth kind, "best, since
+# never told": how much larger that last gap is than at strength 0.
 KINDS = ("right", "followed", "best")
 
 

@@ -332,4 +332,4 @@ def draw(out, plan, learning_rates, ranks):
             ranks.print(f"picture: {path}")
     except UserError as e:
         # matplotlib is not one of the required packages.
-        ranks.print(f"No pictures: {e}; then: python eval.py {out} --tasks plot --out {out / 'demo'}")
+        ranks.print(f"No pictures: {e}. After that, python eval.py {out} --tasks plot --out {out / 'demo'} draws them.")

@@ -76,12 +76,12 @@ def fill_adapter(model, directory):
     held at a time. Raises UserError."""
     try:
         adapter = read_options(Path(directory), model.config)
-        places = check_tensors(model, adapter)
+        expected = check_tensors(model, adapter)
         _, file = adapter_files(directory)
         for name_in_file, t in iterate_safetensors(file):
             if not all_finite(t):
                 raise ValueError(f"{file}: {name_in_file} has values that are infinite or no numbers (NaN)")
-            names = places[name_in_file].names
+            names = expected[name_in_file].names
             for name, part in zip(names, cut(name_in_file, t, len(names), adapter)):
                 p = model.get_parameter(name)
                 with torch.no_grad():
@@ -140,28 +140,28 @@ def changes_nothing(pattern, value):
 
 
 def check_tensors(model, adapter):
-    """The Places of a model's adapters in the file, which has these tensors and no others. Nothing but its header is
-    read. Raises ValueError, OSError."""
+    """{name in the file: FileTensor} of a model's adapters. The file has these tensors and no others; nothing but its
+    header is read. Raises ValueError, OSError."""
     _, file = adapter_files(adapter.directory)
-    places = places_in_file(model, adapter.stacked)
+    expected = tensors_in_file(model, adapter.stacked)
     check_dtypes([file])
     with open(file, "rb") as f:
         shapes = {name: tuple(shape) for name, _, shape in safetensors_layout(f)}
-    unexpected = shapes.keys() - places.keys()
-    with_name = [name for name in unexpected if ADAPTER_NAME.sub("", name) in places]
+    unexpected = shapes.keys() - expected.keys()
+    with_name = [name for name in unexpected if ADAPTER_NAME.sub("", name) in expected]
     if with_name:
         raise ValueError(f"{file} has {first_names(with_name)}, in which the name of an adapter stands; expected "
                          f"names like {ADAPTER_NAME.sub('', min(with_name))}, as PEFT's save_pretrained writes them")
     if unexpected:
         raise ValueError(f"{file} has {first_names(unexpected)}, of no linear layer in this model's blocks; {EXPECTED}")
-    missing = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in places.keys() - shapes.keys()}
+    missing = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in expected.keys() - shapes.keys()}
     if missing:
         raise ValueError(f"{file} has no adapter of {first_names(missing)}; {EXPECTED}")
     for name, shape in shapes.items():
-        if shape != places[name].shape:
-            raise ValueError(f"{file}: {name} is {shape}; expected {places[name].shape}, for r {adapter.rank} and the "
-                             "layers of --init")
-    return places
+        if shape != expected[name].shape:
+            raise ValueError(f"{file}: {name} is {shape}; expected {expected[name].shape}, for r {adapter.rank} and "
+                             "the layers of --init")
+    return expected
 
 
 # What c_attn has in the file, and what our three layers have of it. r is the rank of each, and d its rows:
@@ -193,9 +193,9 @@ def save_adapter(model, directory, base, writes=True):
     base: the directory or repository id of the model that they were trained on. writes: False on the ranks that only
     bring their rows of a sharded model, all but one. Raises OSError naming the file that could not be written.
     """
-    places = places_in_file(model, stacked=True)
-    tensors = (join(name, [gather_whole(model.get_parameter(part).detach()).cpu() for part in place.names])
-               for name, place in places.items())
+    layout = tensors_in_file(model, stacked=True)
+    tensors = (join(name, [gather_whole(model.get_parameter(part).detach()).cpu() for part in tensor.names])
+               for name, tensor in layout.items())
     if not writes:
         for _ in tensors:
             pass
@@ -203,7 +203,7 @@ def save_adapter(model, directory, base, writes=True):
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config, file = adapter_files(directory)
-    shapes = {name: torch.empty(place.shape, device="meta") for name, place in places.items()}
+    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in layout.items()}
     save_safetensors(shapes, file, tensors)
     # It comes last: a directory without it is unfinished.
     write_whole(config, [json.dumps(options_for_file(model, base), indent=2).encode()])
@@ -228,24 +228,24 @@ def options_for_file(model, base):
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
-class Place(NamedTuple):
+class FileTensor(NamedTuple):
     """A tensor of the file."""
     shape: tuple
     names: list                      # of our parameters that it holds: three of GPT-2's c_attn, otherwise one
 
 
-def places_in_file(model, stacked):
-    """{name of a tensor in the file: its Place}. stacked: see Adapter."""
-    places = {}
+def tensors_in_file(model, stacked):
+    """{name in the file: FileTensor}. stacked: see Adapter."""
+    layout = {}
     for name_in_file, names in layers_in_file(model).items():
         layers = [model.get_submodule(name) for name in names]
         rank, width = layers[0].lora_a.shape
         if stacked:
             rank *= len(layers)
         height = sum(layer.out_features for layer in layers)
-        places[f"{name_in_file}.lora_A.weight"] = Place((rank, width), [f"{name}.lora_a" for name in names])
-        places[f"{name_in_file}.lora_B.weight"] = Place((height, rank), [f"{name}.lora_b" for name in names])
-    return places
+        layout[f"{name_in_file}.lora_A.weight"] = FileTensor((rank, width), [f"{name}.lora_a" for name in names])
+        layout[f"{name_in_file}.lora_B.weight"] = FileTensor((height, rank), [f"{name}.lora_b" for name in names])
+    return layout
 
 
 def layers_in_file(model):

@@ -57,12 +57,12 @@ def load_model(directory_or_hub_id):
     return model
 
 
-def fill_model(model, directory, place=lambda rows, p: rows):
+def fill_model(model, directory, convert=lambda rows, p: rows):
     """Gives a model on "meta" the tensors of a directory's files, one at a time; of a sharded one the rows that this
     rank holds. Adapters, which no file has, stay as they are.
 
-    place(rows, parameter): what becomes of what is read for this parameter; without it nothing does. Raises as
-    `load_model`, for what does not fit before anything but the files' headers is read.
+    convert(rows, parameter): makes of the rows that are read for a parameter what it becomes. Raises as `load_model`,
+    for what does not fit before anything but the files' headers is read.
     """
     gpt2 = is_gpt2(model.config)
     files = weight_files(directory)
@@ -91,7 +91,7 @@ def fill_model(model, directory, place=lambda rows, p: rows):
             for name, part in parts:
                 if gpt2:
                     part = my_rows(part, parameters[name])
-                tensors[name] = place(part, parameters[name])
+                tensors[name] = convert(part, parameters[name])
             # Let go before the next one is read.
             t = part = parts = None
     if model.config.tie_embeddings and HEAD in tensors:
@@ -206,10 +206,10 @@ def save_model(model, directory, base=None, writes=True):
     those that were rounded for training. writes: False on the ranks that only bring their rows of a sharded model, all
     but one. Raises OSError naming the file that could not be written.
     """
-    places = None if base is None else find_tensors(weight_files(base), is_gpt2(model.config))
+    base_tensors = None if base is None else find_tensors(weight_files(base), is_gpt2(model.config))
     if not writes:
         if is_sharded(model):
-            for _ in tensors_for_file(model, places, writes=False):
+            for _ in tensors_for_file(model, base_tensors, writes=False):
                 pass
         return
     directory = Path(directory)
@@ -217,7 +217,7 @@ def save_model(model, directory, base=None, writes=True):
     shards = plan_files(model)
     count = len(shards)
     written = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    tensors = (t for _, t in tensors_for_file(model, places))
+    tensors = (t for _, t in tensors_for_file(model, base_tensors))
     for file, shard in zip(written, shards):
         save_safetensors(shard, directory / file, itertools.islice(tensors, len(shard)))
     if count > 1:
@@ -255,16 +255,16 @@ def config_for_file(model):
     return {**config_json, key: str(dtype).removeprefix("torch.")}
 
 
-def tensors_for_file(model, places=None, writes=True, shapes_only=False):
-    """Yields (name, tensor) as Hugging Face has them, one at a time, on the CPU (shapes_only: on "meta"). places: see
-    `find_tensors`. writes: as in `save_model`."""
+def tensors_for_file(model, base_tensors=None, writes=True, shapes_only=False):
+    """Yields (name, tensor) as Hugging Face has them, one at a time, on the CPU (shapes_only: on "meta"). base_tensors:
+    of `find_tensors`. writes: as in `save_model`."""
     gpt2 = is_gpt2(model.config)
 
     def whole(name):
         if shapes_only:
             p = model.get_parameter(name)
             return torch.empty(p.shape, dtype=model.file_dtypes.get(name, p.dtype), device="meta")
-        return merged(name, model, places, writes)
+        return merged(name, model, base_tensors, writes)
 
     for name, _ in model.named_parameters():
         if ".lora_" in name:
@@ -278,17 +278,17 @@ def tensors_for_file(model, places=None, writes=True, shapes_only=False):
             yield "model." + name, whole(name)
 
 
-def merged(name, model, places, writes):
+def merged(name, model, base_tensors, writes):
     """A parameter with its adapter merged, in the dtype that it was loaded from; its shape alone where it is not
     written."""
     module_name, _, kind = name.rpartition(".")
     module, p = model.get_submodule(module_name), model.get_parameter(name)
     dtype = model.file_dtypes.get(name, p.dtype)
     whole = None
-    if places is None:
+    if base_tensors is None:
         whole = gather_whole(p.detach()).cpu()
     elif writes:
-        whole = read_parameter(name, places, is_gpt2(model.config))
+        whole = read_parameter(name, base_tensors, is_gpt2(model.config))
     if kind == "weight" and getattr(module, "scale", 0):
         a = gather_whole(module.lora_a.detach()).cpu()   # (rank, in)
         b = gather_whole(module.lora_b.detach()).cpu()   # (out, rank)
@@ -311,9 +311,9 @@ def find_tensors(files, gpt2):
     return found
 
 
-def read_parameter(name, places, gpt2):
+def read_parameter(name, base_tensors, gpt2):
     """One of our parameters from where `find_tensors` found it."""
-    file, name_in_file = places[name]
+    file, name_in_file = base_tensors[name]
     (_, t), = iterate_safetensors(file, names=[name_in_file])
     return dict(as_ours(name_in_file, t, gpt2))[name]
 
