@@ -126,10 +126,10 @@ class Samples:
 def load_samples(path, tokenizer, chat_format="auto", max_length=None, rows=None, templates=None):
     """All samples of a file, or of a list of files one after the other: (Samples, counts).
 
-    A sample of more than max_length tokens is cut at its end (so its response ends without the token that ends a turn);
-    one without a response token left is dropped. counts has
-    the numbers of "samples", "cut" and "dropped", the keys that were "unread" as text, and a list of sentences under
-    "warnings".
+    A sample of more than max_length tokens is cut at its end, so that its response ends without the token that ends a
+    turn. One without a response token left is dropped. counts has the numbers of "samples", "cut" and "dropped", the
+    keys that were "unread" as text, and a list of sentences under "warnings".
+
     rows: [(line number, object), ...] to use in place of the file's content, path then only names them in errors.
     templates: what `parse_templates` makes of --prompt-template and --response-template.
     Raises UserError naming file and row.
