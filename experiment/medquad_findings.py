@@ -274,7 +274,8 @@ def render(analysis):
     for at in BY:
         heading = MEASURES[at].heading.removesuffix(" %")
         lines += ["", f"AT EQUAL {heading}, all along from the start to nine tenths of what both reach: minus "
-                  f"{reference}", "(-: from one seed at least they reach nothing in common)", *render_gaps(analysis, at)]
+                  f"{reference}", "(-: from one seed at least they reach nothing in common)"]
+        lines += render_gaps(analysis, at)
     for by in BY:
         heading = MEASURES[by].heading.removesuffix(" %")
         lines += ["", f"EACH AT ITS OWN BEST RATE BY {heading} (of the mean over seeds); below it, minus {reference} "
