@@ -154,13 +154,13 @@ def gradient_norm(parameters):
     the norm. (torch's adds up whole matrices in float32: on a CPU that of 49,152 x 576 numbers is off by 0.16%.)
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = []
+    norms = []                       # of rows, and the numbers of vectors
     for gradient in gradients:
-        rows = local(gradient)
-        if rows.dim() > 1:
-            rows = torch.linalg.vector_norm(rows, dim=-1)
-        norms.append(torch.linalg.vector_norm(rows, dtype=torch.float64))
-    square = torch.stack(norms).square().sum()
+        mine = local(gradient)
+        norms.append((torch.linalg.vector_norm(mine, dim=-1) if mine.dim() > 1 else mine).flatten())
+    norm = torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64)
     if isinstance(gradients[0], DTensor):
+        square = norm.square()
         dist.all_reduce(square, group=gradients[0].device_mesh.get_group(-1))
-    return square.sqrt()
+        norm = square.sqrt()
+    return norm
