@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py                   # the same on eight GPUs
     torchrun --nproc_per_node=8 train.py --init DIR_OR_HUB_ID --data FILE.jsonl --objective sft bft --out runs/mine
 
-From top to bottom: settings, the command, the loop (`train`) and what it calls (a step is
-`forward_backward`), what is logged of a step, and the memory that a run needs.
+From top to bottom: settings, the command, the loop (`train`), what it calls (`forward_backward` is the middle of a
+step), what is logged, and the memory that a run needs.
 """
 
 import argparse
@@ -517,6 +517,7 @@ def clip_gradient(trained, largest):
     """Scales the gradient down to the norm `largest` (0: leaves it); returns its norm before, 0-d, on the device."""
     norm = gradient_norm(trained.values())
     if largest:
+        # In the gradients' dtype, for one product over all of them.
         torch.nn.utils.clip_grads_with_norm_(trained.values(), largest, norm.float())
     return norm
 
