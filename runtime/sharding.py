@@ -156,8 +156,10 @@ def gradient_norm(parameters):
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = []                       # of rows, and the numbers of vectors
     for gradient in gradients:
-        mine = local(gradient)
-        norms.append((torch.linalg.vector_norm(mine, dim=-1) if mine.dim() > 1 else mine).flatten())
+        rows = local(gradient)
+        if rows.dim() > 1:
+            rows = torch.linalg.vector_norm(rows, dim=-1)
+        norms.append(rows.flatten())
     norm = torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64)
     if isinstance(gradients[0], DTensor):
         square = norm.square()
